@@ -1,0 +1,356 @@
+"""Records what every sample contributes to every trainable parameter.
+
+``capture`` surrounds one forward and one backward pass. A torch function mode
+sees each torch call. Calls without a trainable parameter pass untouched; calls
+of parameters and constants alone give *derived* tensors; a call that joins one
+with sample data goes to its operation rule, or is refused. The rules run on
+values without an autograd link to the parameters, so the backward pass computes
+input gradients only.
+
+It fails closed: no rule is an error, and after the backward pass a ``.grad`` on
+any trainable parameter shows a use that escaped, which is an error too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from dp_trainer.errors import UnsupportedOperationError
+from dp_trainer.gradients.checkpointing import recomputation_under
+from dp_trainer.gradients.derived import Derived, Link, to_parameters
+from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.rules import OPERATION_RULES
+from dp_trainer.gradients.rules.base import FormMaker
+
+# What asks a tensor about itself: most calls in a forward pass, and none holds values.
+_QUESTIONS = frozenset(
+    {
+        *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")),
+        *(getattr(Tensor, name).__get__ for name in ("is_cuda", "layout", "is_nested", "is_leaf", "grad_fn")),
+        *(getattr(Tensor, name).__get__ for name in ("is_meta", "is_quantized", "is_sparse", "grad")),
+        *(
+            Tensor.size,
+            Tensor.dim,
+            Tensor.numel,
+            Tensor.stride,
+            Tensor.is_floating_point,
+            Tensor.is_contiguous,
+        ),
+        *(Tensor.element_size, Tensor.__len__, Tensor.data_ptr, Tensor.get_device, Tensor.is_complex),
+        *(Tensor.nelement, Tensor.is_same_size, torch.is_tensor, torch.is_floating_point, torch.numel),
+    }
+)
+_SAME = frozenset(
+    {
+        *(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type),
+        *(Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda),
+    }
+)
+_ADDING = frozenset(
+    {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__}
+)
+_TRANSPOSING = frozenset(
+    {
+        *(Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))),
+        *(Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.permute, torch.permute),
+    }
+)
+_EXPANDING = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile})
+_SETTERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
+
+
+class _Rooted(torch.autograd.Function):
+    """Gives an output that needs no gradient a place in the graph, so that its gradient arrives."""
+
+    @staticmethod
+    def forward(_ctx: Any, _anchor: Tensor, box: list[Tensor]) -> Tensor:
+        return box[0]
+
+    @staticmethod
+    def backward(_ctx: Any, *_grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    derived: Derived
+    form: Form
+    aligned: bool
+
+
+class Tape:
+    """The forms recorded in one capture.
+
+    Args:
+        parameters: Trainable parameters by name; a shared one stands once.
+        batch_size: B, the number of samples in the micro-batch.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], batch_size: int) -> None:
+        self.parameters = parameters
+        self.batch_size = batch_size
+        self._records: list[_Record] = []
+
+    def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
+        """Adds one use of a parameter or of a tensor derived from some."""
+        self._records.append(_Record(derived, form, aligned))
+
+    def take_forms(self) -> dict[str, list[Form]]:
+        """Returns the forms of each used parameter, and forgets them.
+
+        Stored gradients of one parameter are added up; the others stand one per use.
+        """
+        records, self._records = self._records, []
+        forms: dict[str, list[Form]] = {}
+        stored: dict[str, Tensor] = {}
+        for record in records:
+            for name, form in to_parameters(
+                record.derived, record.form, aligned=record.aligned, parameters=self.parameters
+            ):
+                if isinstance(form, Materialized):
+                    gradients = form.dense()
+                    stored[name] = stored[name] + gradients if name in stored else gradients
+                else:
+                    forms.setdefault(name, []).append(form)
+        for name, gradients in stored.items():
+            forms.setdefault(name, []).append(Materialized(gradients))
+        return forms
+
+
+@contextlib.contextmanager
+def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
+    """Records all per-sample gradients of one forward and one backward pass inside it.
+
+    Guarantee: on leaving, every use of a trainable parameter that the backward
+    pass reached is on the tape, or an error was raised. No parameter's ``.grad``
+    is changed.
+
+    Args:
+        model: The model; its trainable parameters are those with ``requires_grad``.
+        batch_size: B. Tensors of sample data must begin with a sample-major axis.
+
+    Yields:
+        The tape; read it with ``take_forms`` after leaving.
+
+    Raises:
+        UnsupportedOperationError: If a parameter is used in a way without a rule.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    kept_grads = {name: p.grad for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    tape = Tape(parameters, batch_size)
+    mode = CaptureMode(model, tape)
+    try:
+        with recomputation_under(model, mode), mode:
+            yield tape
+        escaped = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        if escaped:
+            raise UnsupportedOperationError(
+                f"{', '.join(escaped[:3])}: used where the capture could not see it ({len(escaped)} in all), so "
+                "per-sample gradients would be incomplete. Freeze the parameter or set strategy='loop'."
+            )
+    finally:
+        mode.forget()
+        for name, parameter in parameters.items():
+            parameter.grad = kept_grads[name]
+
+
+class CaptureMode(TorchFunctionMode):
+    """The function mode behind ``capture``; it implements ``rules.base.Call``."""
+
+    def __init__(self, model: nn.Module, tape: Tape) -> None:
+        super().__init__()
+        self.batch_size = tape.batch_size
+        self._tape = tape
+        # By identity, with the tensor kept alive so that its identity stays its own. Only tensors free of
+        # sample data are here, so what is kept is small; whatever is not here is taken for sample data.
+        self._known: dict[int, Derived] = {}
+        names = {id(p): name for name, p in tape.parameters.items()}
+        for tensor in (*model.parameters(), *model.buffers()):
+            name = names.get(id(tensor))
+            self._known[id(tensor)] = Derived(tensor, () if name is None else (name,))
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._function: Callable[..., Any] = torch.add
+        self._rooted: list[Derived] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Sorts a call: untouched, of parameters and constants alone, or by rule."""
+        kwargs = kwargs or {}
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
+        rooted: list[Derived] = []
+        has_data = self._sort(args, rooted) | self._sort(kwargs.values(), rooted)
+        if not has_data:
+            return self._run_derived(func, args, kwargs, rooted)
+        if not rooted:
+            if self._writes(func, kwargs):
+                self._forget_target(args, kwargs)
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        self._function, self._rooted = func, rooted
+        rule = OPERATION_RULES.get(func)
+        if rule is None:
+            self.refuse("no rule for this operation")
+        return rule(self, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Drops every tensor that the mode keeps alive."""
+        self._known.clear()
+        self._rooted = []
+
+    # What a rule may ask.
+
+    def is_tracked(self, value: object) -> bool:
+        """Whether the value is a trainable parameter or derived from one."""
+        entry = self._known.get(id(value))
+        return entry is not None and bool(entry.roots)
+
+    def value(self, argument: Any) -> Any:
+        """The argument without its autograd link to parameters; anything else unchanged."""
+        return argument.detach() if self.is_tracked(argument) else argument
+
+    def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
+        """Records each use's form when the gradient of ``output`` arrives; returns the output."""
+        tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        if not output.requires_grad:
+            output = _Rooted.apply(self._anchor, [output])  # type: ignore[no-untyped-call]
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                for derived, maker in tracked:
+                    self._tape.record(derived, maker(grad.detach()))
+
+        output.register_hook(record)  # type: ignore[no-untyped-call]
+        return output
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """The detached tensor as (B, T, last axis); its first axis must be sample-major."""
+        rows = tensor.shape[0] if tensor.ndim > 1 else -1
+        if rows < 0 or rows % self.batch_size:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
+        positions = tensor.numel() // max(1, self.batch_size * tensor.shape[-1])
+        return tensor.detach().reshape(self.batch_size, positions, tensor.shape[-1])
+
+    def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""
+        derived, rows, axes = self._known[id(tensor)], shape[0] if shape else 0, len(shape)
+        aligned = tensor.ndim == axes and tensor.shape[0] == rows != 1
+        spreadable = tensor.ndim < axes or (tensor.ndim == axes and tensor.shape[0] == 1)
+        if not rows or rows % self.batch_size or not (aligned or spreadable):
+            self.refuse(
+                f"parameters of shape {tuple(tensor.shape)} meet data of shape {tuple(shape)}, "
+                f"whose first axis does not run over the {self.batch_size} samples"
+            )
+        inner = tensor.shape if tensor.ndim < axes else tensor.shape[1:]
+        if aligned:
+            copy = tensor.detach()
+        else:
+            copy = (
+                tensor.detach()
+                .reshape(1, *[1] * (axes - 1 - len(inner)), *inner)
+                .expand(rows, *[-1] * (axes - 1))
+            )
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                grad_BRK = grad.detach().reshape(self.batch_size, rows // self.batch_size, *grad.shape[1:])
+                gradients = grad_BRK if aligned else grad_BRK.sum(1).reshape(self.batch_size, *tensor.shape)
+                self._tape.record(derived, Materialized(gradients), aligned=aligned)
+
+        if not copy.is_floating_point():
+            self.refuse(f"its argument is of type {copy.dtype}")
+        copy.requires_grad_().register_hook(record)  # type: ignore[no-untyped-call]
+        return copy
+
+    def derive(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function of parameters and constants; its result stays tracked."""
+        rooted: list[Derived] = []
+        self._sort(args, rooted)
+        return self._run_derived(function, args, {}, rooted)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises ``UnsupportedOperationError`` for the call at hand."""
+        roots = list(dict.fromkeys(name for derived in self._rooted for name in derived.roots))
+        raise UnsupportedOperationError(
+            f"{', '.join(roots[:3])}: {resolve_name(self._function) or self._function} uses this trainable "
+            f"parameter, but {reason}. Freeze it, add a rule with @operation_rule, or set strategy='loop'."
+        )
+
+    # How calls are sorted.
+
+    def _sort(self, values: Any, rooted: list[Derived]) -> bool:
+        """Collects derived arguments into ``rooted``; returns whether any argument is sample data."""
+        has_data = False
+        for value in values:
+            if isinstance(value, Tensor):
+                entry = self._known.get(id(value))
+                # A constant that needs a gradient was written to with sample data.
+                if entry is None or (not entry.roots and value.requires_grad):
+                    has_data = True
+                elif entry.roots:
+                    rooted.append(entry)
+            elif isinstance(value, list | tuple):
+                has_data |= self._sort(value, rooted)
+        return has_data
+
+    def _run_derived(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
+        if rooted and torch.is_grad_enabled() and self._writes(func, kwargs):
+            self._function, self._rooted = func, rooted
+            self.refuse("it writes into a tensor made from parameters")
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, list | tuple) else (result,)
+        for output in outputs:
+            if isinstance(output, Tensor) and id(output) not in self._known:
+                self._known[id(output)] = _derived_from(func, args, kwargs, output, rooted)
+        return result
+
+    @staticmethod
+    def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or name in _SETTERS or kwargs.get("out") is not None
+
+    def _forget_target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A constant that sample data is written into is sample data from here on."""
+        target = kwargs.get("out", args[0] if args else None)
+        self._known.pop(id(target), None)
+
+
+def _derived_from(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived]) -> Derived:
+    """Describes how ``output`` came from the derived tensors among the arguments."""
+    if not output.requires_grad:
+        return Derived(output, ())
+    roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
+    base = rooted[0] if len(rooted) == 1 else None
+    if base is None:
+        return Derived(output, roots, Link.GENERAL)
+    same_shape = output.shape == base.tensor.shape
+    if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
+        return Derived(output, roots, Link.SAME, base)
+    swapped = output.ndim == 2 and output.shape == base.tensor.shape[::-1]
+    if func in _TRANSPOSING and swapped and output.stride() == base.tensor.stride()[::-1]:
+        return Derived(output, roots, Link.TRANSPOSED, base)
+    if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
+        return Derived(output, roots, Link.EXPANDED, base)
+    if func is F.embedding and base.tensor.ndim == 2 and len(args) > 1 and args[1] is base.tensor:
+        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        padding_row = None if padding is None else padding % base.tensor.shape[0]
+        return Derived(output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row)
+    return Derived(output, roots, Link.GENERAL)
+
+
+def _only_leading(shape: torch.Size, base: torch.Size) -> bool:
+    """Whether ``shape`` repeats ``base`` along one leading axis and nowhere else."""
+    return shape[1:] == base or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])

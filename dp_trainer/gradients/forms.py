@@ -1,0 +1,241 @@
+"""What one parameter's per-sample gradients are made of, and all mathematics on them.
+
+An operation rule never computes with gradients: it returns a form. Three forms
+cover every use of a parameter, and norms, inner products and weighted sums are
+written here once. All results are exact for the tensors given; squared norms
+and sums are computed in float32 at least, whatever the dtype of the tensors.
+
+Axes: B sample, T and S position, P first weight axis, D second weight axis,
+V row of a table, K any trailing axes of a parameter.
+
+Source: the ghost norm of Goodfellow 2015 (arXiv 1510.01799) and Li et al. 2021
+(arXiv 2110.05679); the cross terms of shared parameters follow from
+``‖Σ g_u‖² = Σ ‖g_u‖² + 2 Σ ⟨g_u, g_v⟩``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# Rows of a Gram matrix computed at a time: enough for full matmul speed, small
+# enough that skipping the upper triangle pays.
+_GRAM_BLOCK = 64
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype for norms and sums: float32, or float64 where the tensors are float64."""
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor))
+
+
+@dataclass(frozen=True, eq=False)
+class OuterProduct:
+    """Sample b's gradient is ``Σ_t left[b, t] ⊗ right[b, t]``, of shape (P, D).
+
+    Args:
+        left_BTP: Factors along the parameter's first axis.
+        right_BTD: Factors along its second axis.
+    """
+
+    left_BTP: Tensor
+    right_BTD: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape, (P, D)."""
+        return torch.Size((self.left_BTP.shape[2], self.right_BTD.shape[2]))
+
+    def dense(self) -> Tensor:
+        """Returns the gradients themselves, (B, P, D)."""
+        return torch.bmm(_wide(self.left_BTP).mT, _wide(self.right_BTD))
+
+    def squared_norms(self) -> Tensor:
+        """Returns ‖gradient‖², (B,), from the Gram matrices of both factors."""
+        left, right = _wide(self.left_BTP), _wide(self.right_BTD)
+        if left.shape[1] == 1:
+            norms: Tensor = torch.linalg.vector_norm(left, dim=(1, 2)) * torch.linalg.vector_norm(
+                right, dim=(1, 2)
+            )
+            return norms.square()
+        total_B = left.new_zeros(left.shape[0])
+        for start in range(0, left.shape[1], _GRAM_BLOCK):
+            stop = start + _GRAM_BLOCK
+            gram = _gram_product(left[:, start:stop], left[:, :stop], right[:, start:stop], right[:, :stop])
+            # Both Gram matrices are symmetric: what lies left of the diagonal block counts twice.
+            total_B += 2 * gram[:, :, :start].sum((1, 2)) + gram[:, :, start:].sum((1, 2))
+        return total_B
+
+    def select(self, keep_B: Tensor) -> OuterProduct:
+        """Returns the form with exact zeros for samples that are not kept."""
+        return OuterProduct(_zero_dropped(self.left_BTP, keep_B), _zero_dropped(self.right_BTD, keep_B))
+
+    def transposed(self) -> OuterProduct:
+        """Returns the form of the transposed parameter, (D, P)."""
+        return OuterProduct(self.right_BTD, self.left_BTP)
+
+    def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
+        """Returns ``total + Σ_b factors[b] · gradient[b]``, (P, D); writes into ``total`` if given."""
+        left, right = _wide(self.left_BTP), _wide(self.right_BTD)
+        weights = factors_B.to(left.dtype)[:, None, None]
+        # The narrower factor is scaled: less memory, less work.
+        if left.shape[2] < right.shape[2]:
+            left = left * weights
+        else:
+            right = right * weights
+        left_PX, right_XD = left.flatten(0, 1).T, right.flatten(0, 1)
+        return left_PX @ right_XD if total is None else total.addmm_(left_PX, right_XD)
+
+
+@dataclass(frozen=True, eq=False)
+class RowScatter:
+    """Sample b's gradient adds ``values[b, t]`` to row ``rows[b, t]`` of a table.
+
+    Args:
+        rows_BT: Row numbers, integers in [0, number_of_rows).
+        values_BTD: What is added.
+        number_of_rows: V, the table's height.
+    """
+
+    rows_BT: Tensor
+    values_BTD: Tensor
+    number_of_rows: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape, (V, D)."""
+        return torch.Size((self.number_of_rows, self.values_BTD.shape[2]))
+
+    def dense(self) -> Tensor:
+        """Returns the gradients themselves, (B, V, D)."""
+        values = _wide(self.values_BTD)
+        batch, _, width = values.shape
+        offsets = torch.arange(batch, device=values.device)[:, None] * self.number_of_rows
+        table = values.new_zeros(batch * self.number_of_rows, width)
+        table.index_add_(0, (self.rows_BT + offsets).flatten(), values.flatten(0, 1))
+        return table.view(batch, self.number_of_rows, width)
+
+    def squared_norms(self) -> Tensor:
+        """Returns ‖gradient‖², (B,): values that share a row add before the norm."""
+        values = _wide(self.values_BTD)
+        batch, width = values.shape[0], values.shape[2]
+        # Numbering the distinct (sample, row) pairs keeps this linear in T, where a Gram matrix is not.
+        offsets = torch.arange(batch, device=values.device)[:, None] * self.number_of_rows
+        pairs, slots = torch.unique(self.rows_BT + offsets, return_inverse=True)
+        sums = values.new_zeros(pairs.numel(), width).index_add_(
+            0, slots.flatten(), values.reshape(-1, width)
+        )
+        squares = sums.square().sum(1)
+        samples = torch.div(pairs, self.number_of_rows, rounding_mode="floor")
+        return values.new_zeros(batch).index_add_(0, samples, squares)
+
+    def select(self, keep_B: Tensor) -> RowScatter:
+        """Returns the form with exact zeros for samples that are not kept."""
+        return RowScatter(self.rows_BT, _zero_dropped(self.values_BTD, keep_B), self.number_of_rows)
+
+    def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
+        """Returns ``total + Σ_b factors[b] · gradient[b]``, (V, D); writes into ``total`` if given."""
+        values = _wide(self.values_BTD)
+        values = values * factors_B.to(values.dtype)[:, None, None]
+        total = values.new_zeros(self.shape) if total is None else total
+        return total.index_add_(0, self.rows_BT.flatten(), values.flatten(0, 1).to(total.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Materialized:
+    """Sample b's gradient is stored: ``gradients[b]``, of the parameter's shape."""
+
+    gradients_BK: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape, any number of axes."""
+        return self.gradients_BK.shape[1:]
+
+    def dense(self) -> Tensor:
+        """Returns the gradients themselves, (B, …)."""
+        return _wide(self.gradients_BK)
+
+    def squared_norms(self) -> Tensor:
+        """Returns ‖gradient‖², (B,)."""
+        norms: Tensor = torch.linalg.vector_norm(_wide(self.gradients_BK.flatten(1)), dim=1)
+        return norms.square()
+
+    def select(self, keep_B: Tensor) -> Materialized:
+        """Returns the form with exact zeros for samples that are not kept."""
+        return Materialized(_zero_dropped(self.gradients_BK, keep_B))
+
+    def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
+        """Returns ``total + Σ_b factors[b] · gradient[b]``; writes into ``total`` if given."""
+        gradients = _wide(self.gradients_BK).flatten(1)
+        summed = (factors_B.to(gradients.dtype) @ gradients).view(self.shape)
+        return summed if total is None else total.add_(summed)
+
+
+Form: TypeAlias = OuterProduct | RowScatter | Materialized
+
+
+def inner_products(first: Form, second: Form) -> Tensor:
+    """Returns ⟨gradient of first, gradient of second⟩ per sample, (B,).
+
+    Both forms must be of the same parameter and the same samples.
+    """
+    if isinstance(first, Materialized):
+        first, second = second, first
+    if isinstance(first, RowScatter) and isinstance(second, OuterProduct):
+        first, second = second, first
+    match first, second:
+        case OuterProduct(), OuterProduct():
+            parts = (_wide(t) for t in (first.left_BTP, second.left_BTP, first.right_BTD, second.right_BTD))
+            return _gram_product(*parts).sum((1, 2))
+        case OuterProduct(), RowScatter():
+            # Σ_{t,s} left[t, row of s] · ⟨right[t], value of s⟩
+            rows_BTS = second.rows_BT[:, None, :].expand(-1, first.left_BTP.shape[1], -1)
+            picked_BTS = _wide(first.left_BTP.gather(2, rows_BTS))
+            products_BTS = torch.bmm(_wide(first.right_BTD), _wide(second.values_BTD).mT)
+            return (picked_BTS * products_BTS).sum((1, 2))
+        case OuterProduct(), Materialized():
+            applied_BTD = torch.bmm(_wide(first.left_BTP), _wide(second.gradients_BK))
+            return (applied_BTD * _wide(first.right_BTD)).sum((1, 2))
+        case RowScatter(), RowScatter():
+            same_BTS = first.rows_BT[:, :, None] == second.rows_BT[:, None, :]
+            products_BTS = torch.bmm(_wide(first.values_BTD), _wide(second.values_BTD).mT)
+            return (products_BTS * same_BTS).sum((1, 2))
+        case RowScatter(), Materialized():
+            rows_BTD = first.rows_BT[:, :, None].expand(-1, -1, second.gradients_BK.shape[2])
+            return (_wide(second.gradients_BK.gather(1, rows_BTD)) * _wide(first.values_BTD)).sum((1, 2))
+        case _:
+            return (first.dense() * second.dense()).flatten(1).sum(1)
+
+
+def sum_squared_norms(forms: Sequence[Form]) -> Tensor:
+    """Returns ‖Σ of all forms‖² of one parameter per sample, (B,).
+
+    A shared parameter's gradients add up before the norm, so every pair of uses
+    contributes its cross term.
+    """
+    total_B = sum((form.squared_norms() for form in forms[1:]), start=forms[0].squared_norms())
+    for first, second in itertools.combinations(forms, 2):
+        total_B = total_B + 2 * inner_products(first, second)
+    # Cross terms may cancel to a rounding error below zero; NaN stays NaN.
+    return total_B.clamp(min=0)
+
+
+def _gram_product(left_t: Tensor, left_s: Tensor, right_t: Tensor, right_s: Tensor) -> Tensor:
+    """Returns (left_t left_sᵀ) ∘ (right_t right_sᵀ), (B, T, S)."""
+    return torch.bmm(left_t, left_s.mT).mul_(torch.bmm(right_t, right_s.mT))
+
+
+def _zero_dropped(tensor: Tensor, keep_B: Tensor) -> Tensor:
+    """Zeroes dropped samples with ``where``: multiplying by zero would keep NaN and inf."""
+    keep = keep_B.view(-1, *[1] * (tensor.ndim - 1))
+    return torch.where(keep, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
