@@ -98,18 +98,15 @@ class Tape:
         self.parameters = parameters
         self.batch_size = batch_size
         self._records: list[_Record] = []
+        self._forms: dict[str, list[Form]] = {}
 
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
         """Adds one use of a parameter or of a tensor derived from some."""
         self._records.append(_Record(derived, form, aligned))
 
-    def take_forms(self) -> dict[str, list[Form]]:
-        """Returns the forms of each used parameter, and forgets them.
-
-        Stored gradients of one parameter are added up; the others stand one per use.
-        """
+    def resolve(self) -> None:
+        """Carries all records back to parameters. Stored gradients of one parameter are added up."""
         records, self._records = self._records, []
-        forms: dict[str, list[Form]] = {}
         stored: dict[str, Tensor] = {}
         for record in records:
             for name, form in to_parameters(
@@ -119,9 +116,13 @@ class Tape:
                     gradients = form.dense()
                     stored[name] = stored[name] + gradients if name in stored else gradients
                 else:
-                    forms.setdefault(name, []).append(form)
+                    self._forms.setdefault(name, []).append(form)
         for name, gradients in stored.items():
-            forms.setdefault(name, []).append(Materialized(gradients))
+            self._forms.setdefault(name, []).append(Materialized(gradients))
+
+    def take_forms(self) -> dict[str, list[Form]]:
+        """Returns the forms of each used parameter, one a use, and forgets them."""
+        forms, self._forms = self._forms, {}
         return forms
 
 
@@ -152,6 +153,8 @@ def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
     try:
         with recomputation_under(model, mode), mode:
             yield tape
+        # While the mode still knows its tensors: a checkpointed chain is recomputed here.
+        tape.resolve()
         escaped = [name for name, parameter in parameters.items() if parameter.grad is not None]
         if escaped:
             raise UnsupportedOperationError(

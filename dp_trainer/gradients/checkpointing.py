@@ -1,15 +1,16 @@
 """Makes gradient checkpointing's second forward pass run under the capture.
 
-Recomputation happens inside the backward pass, on another thread on a GPU, and
-function modes are thread-local. Non-reentrant checkpointing takes a context for
-the recomputation; here it enters the capture again.
+Recomputation happens inside the backward pass. There the capture's function mode
+is off: on a GPU because it is another thread, on a CPU because ``backward`` is
+itself a torch function that the mode sees, and a mode is off in its own handler.
+Non-reentrant checkpointing takes a context for the recomputation; here it enters
+the capture again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,10 +30,10 @@ def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[N
         UnsupportedOperationError: For reentrant checkpointing, whose inner
             backward pass puts gradients where no capture sees them.
     """
-    owner = threading.get_ident()
 
     def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _entered_on_other_threads(mode, owner)
+        # The mode itself, since a block may be recomputed more than once.
+        return contextlib.nullcontext(), mode
 
     changed: list[tuple[nn.Module, Any]] = []
     try:
@@ -52,12 +53,3 @@ def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[N
     finally:
         for module, function in changed:
             setattr(module, _ATTRIBUTE, function)
-
-
-@contextlib.contextmanager
-def _entered_on_other_threads(mode: TorchFunctionMode, owner: int) -> Iterator[None]:
-    if threading.get_ident() == owner:
-        yield
-    else:
-        with mode:
-            yield

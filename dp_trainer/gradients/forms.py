@@ -167,7 +167,7 @@ class Materialized:
 
     def squared_norms(self) -> Tensor:
         """Returns ‖gradient‖², (B,)."""
-        norms: Tensor = torch.linalg.vector_norm(_wide(self.gradients_BK.flatten(1)), dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
         return norms.square()
 
     def select(self, keep_B: Tensor) -> Materialized:
@@ -176,9 +176,13 @@ class Materialized:
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``; writes into ``total`` if given."""
-        gradients = _wide(self.gradients_BK).flatten(1)
+        gradients = self._flat()
         summed = (factors_B.to(gradients.dtype) @ gradients).view(self.shape)
         return summed if total is None else total.add_(summed)
+
+    def _flat(self) -> Tensor:
+        """The gradients as rows, (B, number of elements); a scalar parameter has one."""
+        return _wide(self.gradients_BK).reshape(self.gradients_BK.shape[0], -1)
 
 
 Form: TypeAlias = OuterProduct | RowScatter | Materialized
@@ -214,7 +218,7 @@ def inner_products(first: Form, second: Form) -> Tensor:
             rows_BTD = first.rows_BT[:, :, None].expand(-1, -1, second.gradients_BK.shape[2])
             return (_wide(second.gradients_BK.gather(1, rows_BTD)) * _wide(first.values_BTD)).sum((1, 2))
         case _:
-            return (first.dense() * second.dense()).flatten(1).sum(1)
+            return (first.dense() * second.dense()).reshape(first.dense().shape[0], -1).sum(1)
 
 
 def sum_squared_norms(forms: Sequence[Form]) -> Tensor:

@@ -1,0 +1,111 @@
+"""The mathematics on forms against the gradients themselves."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dp_trainer.gradients import planner
+from dp_trainer.gradients.forms import (
+    Materialized,
+    OuterProduct,
+    RowScatter,
+    inner_products,
+    sum_squared_norms,
+)
+
+B, T, P, D = 3, 150, 7, 5
+
+
+def _normal(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype)
+
+
+def _forms(positions: int = T):
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randint(0, P, (B, positions), generator=generator)
+    return {
+        "outer": OuterProduct(_normal(B, positions, P), _normal(B, positions, D)),
+        "outer-short": OuterProduct(_normal(B, 2, P), _normal(B, 2, D)),
+        "outer-one": OuterProduct(_normal(B, 1, P), _normal(B, 1, D)),
+        "rows": RowScatter(rows, _normal(B, positions, D), P),
+        "rows-few": RowScatter(rows[:, :3], _normal(B, 3, D), P),
+        "stored": Materialized(_normal(B, P, D)),
+    }
+
+
+@pytest.mark.parametrize("name", _forms())
+def test_norm_and_weighted_sum(name):
+    form, factors = _forms()[name], torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
+    dense = form.dense()
+    assert form.shape == dense.shape[1:]
+    torch.testing.assert_close(form.squared_norms(), dense.flatten(1).square().sum(1))
+    expected = torch.einsum("b,bpd->pd", factors, dense)
+    torch.testing.assert_close(form.weighted_sum(factors, None), expected)
+    total = _normal(P, D)
+    before = total.clone()
+    assert form.weighted_sum(factors, total) is total
+    torch.testing.assert_close(total, before + expected)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(_forms(), repeat=2)))
+def test_inner_product_of_any_two_forms(first, second):
+    one, other = _forms()[first], _forms()[second]
+    torch.testing.assert_close(inner_products(one, other), (one.dense() * other.dense()).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize(
+    "names", [("outer", "rows"), ("outer", "outer-short", "rows-few", "stored"), ("rows",)]
+)
+@pytest.mark.parametrize("limit", [0, 10**12], ids=["ghost", "built"])
+def test_both_ways_to_a_norm_agree(names, limit, monkeypatch):
+    """Whatever the planner chooses, the shared parameter's norm is that of the summed gradients."""
+    forms = [_forms()[name] for name in names]
+    dense = sum(form.dense() for form in forms)
+    monkeypatch.setattr(planner, "_LARGEST_KEPT", limit)
+    monkeypatch.setattr(planner, "_COST_OF_AN_ELEMENT", 0)
+    squares, kept = planner.squared_norms(forms)
+    assert isinstance(kept[0], Materialized) == (limit > 0 and "outer" in names)
+    torch.testing.assert_close(squares, dense.flatten(1).square().sum(1))
+    torch.testing.assert_close(sum_squared_norms(forms), dense.flatten(1).square().sum(1))
+    factors = torch.tensor([0.5, 3.0, 2.0], dtype=torch.float64)
+    total = None
+    for form in kept:
+        total = form.weighted_sum(factors, total)
+    torch.testing.assert_close(total, torch.einsum("b,bpd->pd", factors, dense))
+
+
+def test_cross_terms_matter():
+    """The check above would catch a dropped cross term."""
+    forms = [_forms()["outer"], _forms()["rows"]]
+    without = sum(form.squared_norms() for form in forms)
+    assert ((without / sum_squared_norms(forms) - 1).abs() > 1e-3).any()
+
+
+@pytest.mark.parametrize("name", _forms())
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_dropped_sample_leaves_no_trace(name, poison):
+    form = _forms()[name]
+    clean = form.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
+    for tensor in vars(form).values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor[1] = poison
+    assert not torch.isfinite(form.squared_norms()[1])
+    assert torch.isfinite(form.squared_norms()[[0, 2]]).all()
+    kept = form.select(torch.tensor([True, False, True]))
+    summed = kept.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
+    torch.testing.assert_close(summed, clean)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_narrow_tensors_are_accumulated_in_float32(dtype):
+    """In float16 these squares underflow to zero, which would mean no clipping at all."""
+    left, right = torch.full((1, 4, 64), 1e-4, dtype=dtype), torch.full((1, 4, 64), 1e-4, dtype=dtype)
+    form = OuterProduct(left, right)
+    squares = form.squared_norms()
+    assert squares.dtype == torch.float32
+    expected = OuterProduct(left.double(), right.double()).dense().square().sum()
+    torch.testing.assert_close(squares.double(), expected[None], rtol=1e-5, atol=0)
+    assert form.weighted_sum(torch.ones(1), None).dtype == torch.float32

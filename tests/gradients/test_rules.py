@@ -1,0 +1,210 @@
+"""Each operation rule against one sample at a time, on the smallest module that uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dp_trainer import FlatClipping, UnsupportedOperationError, clipped_gradient_sum
+
+B, T, D, V = 4, 6, 8, 10
+
+
+class Toy(nn.Module):
+    """Parameters by name and a forward function; data is (B, T, D), ids are (B, T)."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, dtype=torch.float64)))
+        self.function = function
+
+    def forward(self, data: Tensor, ids: Tensor) -> Tensor:
+        return self.function(self, data, ids)
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    function: Callable[..., Tensor]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _constant_ids() -> Tensor:
+    return torch.arange(T).unsqueeze(0)
+
+
+def _in_place(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    hidden = F.linear(x, m.w)
+    hidden += m.b
+    hidden.mul_(m.s)
+    return F.relu_(hidden)
+
+
+def _twice(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.linear(x, m.w)), m.w)
+
+
+def _tied(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    return F.linear(torch.tanh(F.embedding(ids, m.w) + x), m.w)
+
+
+def _class_token(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    return torch.cat((m.c.expand(x.shape[0], -1, -1), x), dim=1) * m.s
+
+
+def _relative_bias(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    distances = (torch.arange(T)[:, None] - torch.arange(T)[None]).abs()
+    bias = F.embedding(distances, m.w).permute(2, 0, 1).unsqueeze(0)
+    scores = (x @ x.mT).unsqueeze(1) + bias
+    return torch.softmax(scores, -1) @ x.unsqueeze(1)
+
+
+def _attention_bias(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    q = x.unsqueeze(1)
+    return F.scaled_dot_product_attention(q, q, q, attn_mask=m.a[None] * 2)
+
+
+def _learned_queries(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    queries = F.linear(F.layer_norm(m.q.expand(x.shape[0], -1, -1), (D,), m.s), m.w)
+    return torch.softmax(queries @ x.mT, -1) @ x
+
+
+W, VECTOR = {"w": (D, D)}, {"w": (D,)}
+RULE_CASES = (
+    RuleCase("linear", {"w": (5, D), "b": (5,)}, lambda m, x, i: F.linear(x, m.w, m.b)),
+    RuleCase("linear-two-axes", {"w": (5, D), "b": (5,)}, lambda m, x, i: F.linear(x[:, 0], m.w, m.b)),
+    RuleCase("linear-flattened", {"w": (5, D), "b": (5,)}, lambda m, x, i: F.linear(x.reshape(-1, D), m.w, m.b).view(B_of(x), T, 5)),
+    RuleCase("linear-four-axes", {"w": (5, D)}, lambda m, x, i: F.linear(x.unsqueeze(2), m.w)),
+    RuleCase("linear-one-row-weight", {"w": (1, D)}, lambda m, x, i: F.linear(x, m.w)),
+    RuleCase("linear-derived-weight", {"w": (D, D), "g": (D, 1)}, lambda m, x, i: F.linear(x, m.g * m.w / m.w.norm(dim=1, keepdim=True))),
+    RuleCase("linear-merged-adapter", {"a": (2, D), "c": (5, 2)}, lambda m, x, i: F.linear(x, m.c @ m.a * 0.5)),
+    RuleCase("linear-slices", {"w": (3 * D, D)}, lambda m, x, i: F.linear(x, m.w[:D]) * F.linear(x, m.w.chunk(3)[1])),
+    RuleCase("linear-transposed", W, lambda m, x, i: F.linear(x, m.w.t()) + F.linear(x.sin(), m.w)),
+    RuleCase("linear-on-buffer-only-data", W, lambda m, x, i: F.linear(torch.ones(T, D, dtype=x.dtype), m.w) + x),
+    RuleCase("addmm", {"w": (D, 5), "b": (5,)}, lambda m, x, i: torch.addmm(m.b, x.reshape(-1, D), m.w).view(B_of(x), T, 5)),
+    RuleCase("addmm-scaled", {"w": (D, 5), "b": (5,)}, lambda m, x, i: torch.addmm(m.b, x.reshape(-1, D), m.w, beta=0.5, alpha=2.0).view(B_of(x), T, 5)),
+    RuleCase("matmul-right", {"w": (D, 5)}, lambda m, x, i: x @ m.w),
+    RuleCase("matmul-transposed", {"w": (5, D)}, lambda m, x, i: x @ m.w.T),
+    RuleCase("matmul-left", {"w": (5, T)}, lambda m, x, i: m.w @ x),
+    RuleCase("matmul-three-axes", {"w": (1, D, 5)}, lambda m, x, i: torch.matmul(x, m.w)),
+    RuleCase("embedding", {"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w) * x),
+    RuleCase("embedding-padding", {"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w, padding_idx=3) * x),
+    RuleCase("embedding-last-padding", {"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w, padding_idx=-1) * x),
+    RuleCase("embedding-scaled-table", {"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w.to(x.dtype)) * x * 3),
+    RuleCase("positions-one-row", {"w": (V, D)}, lambda m, x, i: x * (F.embedding(_constant_ids(), m.w) + x)),
+    RuleCase("positions-no-batch-axis", {"w": (V, D)}, lambda m, x, i: x * (F.embedding(_constant_ids()[0], m.w) + x)),
+    RuleCase("positions-padding", {"w": (V, D)}, lambda m, x, i: x * (F.embedding(_constant_ids(), m.w, padding_idx=2) + x)),
+    RuleCase("types-of-zeros", {"w": (2, D)}, lambda m, x, i: x * (F.embedding(torch.zeros(B_of(x), T, dtype=torch.long), m.w) + x)),
+    RuleCase("positions-expanded-ids", {"w": (V, D)}, lambda m, x, i: x * (F.embedding(_constant_ids().expand(B_of(x), -1), m.w) + x)),
+    RuleCase("two-constant-embeddings", {"w": (V, D), "u": (2, D)}, lambda m, x, i: x * (F.embedding(_constant_ids(), m.w) + F.embedding(torch.zeros(B_of(x), T, dtype=torch.long), m.u) + x)),
+    RuleCase("position-table-slice", {"w": (V, D)}, lambda m, x, i: x * (x + m.w[:T])),
+    RuleCase("layer-norm", {"w": (D,), "b": (D,)}, lambda m, x, i: F.layer_norm(x, (D,), m.w, m.b)),
+    RuleCase("layer-norm-no-bias", VECTOR, lambda m, x, i: F.layer_norm(x, (D,), m.w)),
+    RuleCase("layer-norm-two-axes", {"w": (T, D), "b": (T, D)}, lambda m, x, i: F.layer_norm(x, (T, D), m.w, m.b)),
+    RuleCase("rms-norm", VECTOR, lambda m, x, i: F.rms_norm(x, (D,), m.w, 1e-6)),
+    RuleCase("hand-written-norm", VECTOR, lambda m, x, i: (1 + m.w.float()) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)))),
+    RuleCase("power-and-exp", {"w": (D,), "s": ()}, lambda m, x, i: x * m.w.exp() * m.s.pow(2)),
+    RuleCase("reversed-operators", {"w": (D,)}, lambda m, x, i: (2.0 - m.w) / (3 + x.abs()) - m.w),
+    RuleCase("where", VECTOR, lambda m, x, i: torch.where(x > 0, x, m.w)),
+    RuleCase("conv1d", {"w": (5, T, 3), "b": (5,)}, lambda m, x, i: F.conv1d(x, m.w, m.b, padding=1)),
+    RuleCase("conv1d-groups", {"w": (T, 2, 3)}, lambda m, x, i: F.conv1d(x, m.w, stride=2, dilation=2, groups=3)),
+    RuleCase("conv2d", {"w": (5, 1, 2, 2), "b": (5,)}, lambda m, x, i: F.conv2d(x.unsqueeze(1), m.w, m.b, stride=2)),
+    RuleCase("conv2d-same", {"w": (5, 1, 3, 3)}, lambda m, x, i: F.conv2d(x.unsqueeze(1), m.w, padding="same")),
+    RuleCase("class-token", {"c": (1, 1, D), "s": (D,)}, _class_token),
+    RuleCase("relative-bias", {"w": (T, 3)}, _relative_bias),
+    RuleCase("attention-bias", {"a": (T, T)}, _attention_bias),
+    RuleCase("learned-queries", {"q": (1, 3, D), "s": (D,), "w": (D, D)}, _learned_queries),
+    RuleCase("in-place-on-outputs", {"w": (D, D), "b": (D,), "s": (D,)}, _in_place),
+    RuleCase("used-twice", W, _twice),
+    RuleCase("tied-table-and-head", {"w": (V, D)}, _tied),
+    RuleCase("never-used", {"w": (D,), "unused": (3, 3)}, lambda m, x, i: x * m.w),
+    RuleCase("not-reached-by-the-loss", {"w": (D,), "u": (D, D)}, lambda m, x, i: (F.linear(x, m.u), x * m.w)[1]),
+    RuleCase("batch-size-one-of-the-axes", {"w": (B, T, D)}, lambda m, x, i: x.unsqueeze(1) * m.w),
+)  # fmt: skip
+
+
+def B_of(x: Tensor) -> int:
+    return x.shape[0]
+
+
+def _loss(model: nn.Module, micro_batch) -> Tensor:
+    output = model(micro_batch["data"], micro_batch["ids"])
+    return torch.tanh(output).pow(2).flatten(1).sum(1) * micro_batch["weight"]
+
+
+def _micro_batch(batch: int = B) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "data": torch.randn(batch, T, D, generator=generator, dtype=torch.float64),
+        "ids": torch.randint(0, V, (batch, T), generator=generator),
+        "weight": torch.tensor([1.0, 0.1, 3.0, 0.5, 2.0, 0.7], dtype=torch.float64)[:batch],
+    }
+
+
+# A parameter whose own first axis is the number of samples is told apart by its neighbours' axes only.
+PAIRS = [(c, b) for c in RULE_CASES for b in (B, T, 1) if (c.name, b) != ("batch-size-one-of-the-axes", T)]
+
+
+@pytest.mark.parametrize(("case", "batch"), PAIRS, ids=str)
+def test_rule_agrees_with_one_sample_at_a_time(case, batch):
+    """Also with as many samples as positions, where a sample axis could be mistaken."""
+    model, micro_batch = Toy(case.shapes, case.function), _micro_batch(batch)
+    expected = reference.per_sample_gradients(model, micro_batch, _loss)
+    norms = reference.norms(expected)
+    clipping = FlatClipping(float(norms.median()) * 1.01)
+    actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=clipping)
+    torch.testing.assert_close(actual.norms, norms, rtol=1e-6, atol=0)
+    assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < 1e-6
+
+
+REFUSED = {
+    "no-rule": ({"w": (D, D)}, lambda m, x, i: torch.einsum("btd,de->bte", x, m.w), "no rule"),
+    "write-into-parameter-copy": ({"w": (T, D)}, lambda m, x, i: m.w.clone().add_(x[0]) * x, "w"),
+    "renormalized-embedding": ({"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w, max_norm=1.0), "max_norm"),
+    "frequency-scaled": (
+        {"w": (V, D)},
+        lambda m, x, i: F.embedding(i, m.w, scale_grad_by_freq=True),
+        "couples",
+    ),
+    "positions-first": (
+        {"w": (D, D)},
+        lambda m, x, i: F.linear(x.transpose(0, 1)[:5], m.w).mean(0)[None] + x,
+        "axis",
+    ),
+    "join-along-samples": ({"w": (1, T, D)}, lambda m, x, i: torch.cat((x, m.w))[:-1], "sample axis"),
+    "scalar-of-all-samples": ({"w": (D,)}, lambda m, x, i: (m.w * x.abs().max()) + x, "axis"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_exact_rule_is_refused_by_name(name):
+    shapes, function, fragment = REFUSED[name]
+    with pytest.raises(UnsupportedOperationError, match=fragment) as error:
+        clipped_gradient_sum(
+            Toy(shapes, function), [_micro_batch()], per_sample_loss=_loss, clipping=FlatClipping(1.0)
+        )
+    assert "w" in str(error.value)
+    assert "strategy='loop'" in str(error.value)
+
+
+def test_a_use_outside_the_capture_trips():
+    model = Toy(W, lambda m, x, i: F.linear(x, m.w))
+
+    def escaping(model, micro_batch):
+        with torch._C.DisableTorchFunction():
+            hidden = model(micro_batch["data"], micro_batch["ids"])
+        return hidden.pow(2).flatten(1).sum(1)
+
+    with pytest.raises(UnsupportedOperationError, match=r"w: used where the capture could not see it"):
+        clipped_gradient_sum(model, [_micro_batch()], per_sample_loss=escaping, clipping=FlatClipping(1.0))
+    assert model.w.grad is None
