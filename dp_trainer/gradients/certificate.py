@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dp_trainer.batches import micro_batch_size, sample_of
+from dp_trainer.batches import select, split_micro_batch
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
@@ -95,6 +95,7 @@ def certify(
     per_sample_loss: PerSampleLoss,
     clipping: ClippingFunction,
     strategy: str = "automatic",
+    computation_dtype: torch.dtype | None = None,
 ) -> Certificate:
     """Compares a strategy with the reference on one micro-batch of real samples.
 
@@ -110,27 +111,30 @@ def certify(
         per_sample_loss: As in ``clipped_gradient_sum``.
         clipping: The run's clipping function.
         strategy: The strategy to check.
+        computation_dtype: The dtype of autocast inside ``per_sample_loss``, if any. Samples whose gradient is
+            NaN or infinite are not compared, as they are never released.
 
     Raises:
         CertificateError: If samples influence each other, a norm or the sum is
             inexact, a buffer is updated from samples, or a contribution is too large.
     """
-    count = micro_batch_size(micro_batch)
-    alone = [without_padding(sample_of(micro_batch, index)) for index in range(count)]
     with _repeatable(model):
-        reference = [_run(model, [s], per_sample_loss, FlatClipping(1.0), "loop") for s in alone]
-        norms_B = torch.cat([r.norms for r in reference])
-        if not torch.isfinite(norms_B).all():
+        alone = [without_padding(sample) for sample in split_micro_batch(micro_batch)]
+        norms_B = _run(model, alone, per_sample_loss, FlatClipping(1.0), "loop").norms
+        finite = torch.isfinite(norms_B).nonzero().flatten().tolist()
+        if not finite:
             raise CertificateError(
-                f"{int((~torch.isfinite(norms_B)).sum())} of the first {count} samples have NaN or infinite "
-                "gradients. Check the data and the learning rate, or lower the numeric demands (bf16 off)."
+                f"All {len(alone)} samples looked at have NaN or infinite gradients. Check the data, the model's "
+                "weights, and bf16 against float32."
             )
+        micro_batch, alone, norms_B = select(micro_batch, finite), [alone[i] for i in finite], norms_B[finite]
+        count = len(finite)
         bound = max(float(norms_B.median()), 1e-12)
         flat = FlatClipping(bound)
         engine = _run(model, [micro_batch], per_sample_loss, flat, strategy)
         expected = _run(model, alone, per_sample_loss, flat, "loop")
         singles = [_run(model, [s], per_sample_loss, clipping, strategy) for s in alone]
-        tolerance = _tolerance(model, engine)
+        tolerance = _tolerance(model, computation_dtype)
         norm_error = float(((engine.norms - norms_B).abs() / norms_B.clamp(min=1e-12)).max())
         sum_error = _distance(engine.gradients, expected.gradients) / (bound * count)
         if norm_error > tolerance or sum_error > tolerance:
@@ -219,11 +223,8 @@ def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> floa
     return _length({name: first[name] - second[name] for name in first})
 
 
-def _tolerance(model: nn.Module, engine: ClippedGradientSum) -> float:
-    device = next(iter(engine.gradients.values())).device
-    dtypes = {p.dtype for p in model.parameters()}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
+def _tolerance(model: nn.Module, computation_dtype: torch.dtype | None) -> float:
+    dtypes = {p.dtype for p in model.parameters()} | ({computation_dtype} if computation_dtype else set())
     return max(_TOLERANCES.get(dtype, _TOLERANCES[torch.float32]) for dtype in dtypes)
 
 

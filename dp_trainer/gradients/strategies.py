@@ -54,7 +54,8 @@ class ClippedGradientSum:
     @property
     def dropped_samples(self) -> int:
         """Number of samples left out because their gradient was NaN or infinite."""
-        return int((~torch.isfinite(self.norms.reshape(self.norms.shape[0], -1)).all(1)).sum())
+        finite = torch.isfinite(self.norms)
+        return int((~(finite if finite.ndim == 1 else finite.all(1))).sum())
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,143 @@
+"""What a Trainer can be set to do that has no private form here: one row a feature.
+
+Each row says when it applies and why it is refused, with the way out. Everything
+else of ``TrainingArguments`` is post-processing of the privatized gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from dp_trainer.errors import UnsupportedOperationError
+
+_STEPPING_IN_BACKWARD = ("lomo", "adalomo")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting, when it applies, and what to do instead."""
+
+    setting: str
+    applies: Callable[[TrainingArguments], bool]
+    reason: str
+
+
+def _optimizer(args: TrainingArguments) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+ARGUMENT_REFUSALS = (
+    Refusal(
+        "fp16",
+        lambda a: bool(a.fp16),
+        "its loss scaling overflows and underflows per-sample norms, which then clip nothing. Use bf16=True, "
+        "or train in float32",
+    ),
+    Refusal(
+        "n_gpu > 1 in one process",
+        lambda a: a.n_gpu > 1,
+        "DataParallel replicates the model where no capture sees it. Set CUDA_VISIBLE_DEVICES to one device",
+    ),
+    Refusal(
+        "several processes",
+        lambda a: a.world_size > 1,
+        "this version draws and reduces logical batches on one process. Launch a single process",
+    ),
+    Refusal(
+        "optim",
+        lambda a: _optimizer(a) in _STEPPING_IN_BACKWARD or "layerwise" in _optimizer(a),
+        "it steps inside the backward pass, before noise is added. Use another optimizer, such as adamw_torch",
+    ),
+    Refusal(
+        "train_sampling_strategy / group_by_length",
+        lambda a: (
+            getattr(a, "train_sampling_strategy", "random") != "random"
+            or bool(getattr(a, "group_by_length", False))
+        ),
+        "batches must be Poisson draws for the accounting to hold. Remove it: drawn samples are sorted by length "
+        "inside each logical batch anyway",
+    ),
+    Refusal(
+        "auto_find_batch_size",
+        lambda a: bool(a.auto_find_batch_size),
+        "its retry resets the step counter but keeps trained weights, and so forgets spent privacy. Lower "
+        "per_device_train_batch_size and raise gradient_accumulation_steps by the same factor",
+    ),
+    Refusal(
+        "use_liger_kernel",
+        lambda a: bool(a.use_liger_kernel),
+        "its kernels fuse parameters away from the capture. Set it to False",
+    ),
+    Refusal(
+        "torch_compile",
+        lambda a: bool(a.torch_compile),
+        "compiled graphs bypass the capture of per-sample gradients. Set it to False",
+    ),
+    Refusal(
+        "neftune_noise_alpha",
+        lambda a: a.neftune_noise_alpha is not None,
+        "its noise is scaled by the padded length of the micro-batch, which couples samples. Remove it",
+    ),
+    Refusal(
+        "deepspeed",
+        lambda a: bool(a.deepspeed),
+        "its engine reduces and steps before noise is added. Train on one process",
+    ),
+    Refusal(
+        "fsdp", lambda a: bool(a.fsdp), "sharded parameters are not supported in this version. Remove it"
+    ),
+    Refusal(
+        "parallelism_config",
+        lambda a: getattr(a, "parallelism_config", None) is not None,
+        "tensor, context and sequence parallelism split samples or parameters between ranks. Remove it",
+    ),
+)
+
+
+def refuse_unsupported_arguments(args: TrainingArguments) -> None:
+    """Raises for the first setting in the table that applies.
+
+    Raises:
+        UnsupportedOperationError: Naming the setting, the reason and the way out.
+    """
+    for refusal in ARGUMENT_REFUSALS:
+        if refusal.applies(args):
+            raise UnsupportedOperationError(f"TrainingArguments: {refusal.setting}: {refusal.reason}.")
+
+
+def refuse_unsupported_modules(model: nn.Module) -> None:
+    """Raises for layers that couple samples by design.
+
+    Raises:
+        UnsupportedOperationError: For batch normalization, naming the layer.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UnsupportedOperationError(
+                f"{path}: {type(module).__name__} normalizes each sample by its neighbours and stores their "
+                "statistics without noise. Replace it by GroupNorm or LayerNorm."
+            )
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise UnsupportedOperationError(
+            "The model is compiled; compiled graphs bypass the capture. Pass the model without torch.compile."
+        )
+
+
+def refuse_unsupported_optimizer(optimizer: Any) -> None:
+    """Raises for optimizers that evaluate the loss again or expect sparse gradients.
+
+    Raises:
+        UnsupportedOperationError: Naming the optimizer.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(inner, torch.optim.LBFGS | torch.optim.SparseAdam):
+        raise UnsupportedOperationError(
+            f"{type(inner).__name__}: it evaluates the loss again or needs sparse gradients, outside the private "
+            "release. Use a first-order optimizer such as AdamW or SGD."
+        )

@@ -1,0 +1,393 @@
+"""``DPTrainer``: connects a privacy plan to ``transformers.Trainer``.
+
+No privacy logic lives here. The numbers are in ``privacy/plan.py``, the tensors
+in ``release.py``; this module hands one to the other at the Trainer's own
+extension points. One item of the train DataLoader is one logical batch, so that
+optimizer steps, releases and ``state.global_step`` are the same count.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, seed_worker
+from transformers.utils import logging
+
+from dp_trainer import records
+from dp_trainer.arguments import PrivacyArguments
+from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, sample_lengths
+from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
+from dp_trainer.gradients.certificate import Certificate, certify
+from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
+from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, per_sample_loss_for
+from dp_trainer.privacy.accountant import PrivacyAccountant
+from dp_trainer.privacy.noise import NoiseGenerator
+from dp_trainer.privacy.plan import PrivacyPlan, make_plan
+from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, fresh_key
+from dp_trainer.privacy.statement import PrivacyStatement, privacy_statement
+from dp_trainer.refusals import (
+    refuse_unsupported_arguments,
+    refuse_unsupported_modules,
+    refuse_unsupported_optimizer,
+)
+from dp_trainer.release import release
+
+logger = logging.get_logger(__name__)
+
+# How many of the first samples the certificate chooses its few from.
+_CERTIFICATE_POOL = 64
+_FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "gradient_accumulation_steps": (1, "one logical batch is one step; micro-batches are cut inside it"),
+    "max_grad_norm": (0.0, "each sample is clipped already; clipping the sum would shrink signal, not noise"),
+    "average_tokens_across_devices": (False, "each sample's loss is averaged over its own tokens"),
+}
+
+
+class DPTrainer(Trainer):  # type: ignore[misc]
+    """A ``Trainer`` whose every optimizer step sees a differentially private gradient.
+
+    Guarantee: the trained weights are (ε, δ)-differentially private with respect
+    to adding or removing one sample of ``train_dataset``, with the ε, δ and
+    mechanism that ``plan`` and ``privacy_statement()`` name, if ``train_dataset``
+    was prepared sample by sample. Logs, evaluation results and model selection are outside it.
+
+    Everything not listed works as in ``Trainer``. The expected logical batch size is
+    ``per_device_train_batch_size × gradient_accumulation_steps``, unless
+    ``privacy.expected_batch_size`` says it; ``per_device_train_batch_size`` is the micro-batch.
+
+    Args:
+        privacy: The privacy settings; the only new argument.
+        compute_loss_func: As in ``Trainer``, but returns one loss a sample, (B,).
+
+    Raises:
+        ConfigurationError: If the settings or the dataset cannot give the guarantee.
+        UnsupportedOperationError: If a feature or the model's head has no private form here.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., Any] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        *,
+        privacy: PrivacyArguments,
+    ) -> None:
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        refuse_unsupported_arguments(args)
+        refuse_unsupported_optimizer(optimizers[0])
+        self.privacy = privacy
+        self._accumulation = args.gradient_accumulation_steps
+        self._steps_wanted = args.max_steps
+        self._new_trial = False
+        super().__init__(
+            model=model,
+            args=_with_fixed_arguments(args),
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.certificate: Certificate | None = None
+        self._checked = False
+        self._dropped_samples = 0
+        self._noise = NoiseGenerator(device=self.args.device, insecure_seed=privacy.insecure_noise_seed)
+        self._accountant: PrivacyAccountant | None = None
+        if train_dataset is not None:
+            refuse_unsupported_modules(self.model)
+            self._head_loss()
+            self._accountant = PrivacyAccountant(self._make_plan())
+
+    # The run's numbers.
+
+    @property
+    def accountant(self) -> PrivacyAccountant:
+        """Counts the steps spent, over all calls of ``train``."""
+        if self._accountant is None:
+            raise ConfigurationError("DPTrainer has no train_dataset, so there is no privacy plan. Pass one.")
+        return self._accountant
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """The numbers of this run; ``str(plan)`` prints them."""
+        return self.accountant.plan
+
+    def privacy_statement(self) -> PrivacyStatement:
+        """States what is guaranteed for the weights as they are now, and what is not."""
+        outside = []
+        if any(key.startswith("eval_") for entry in self.state.log_history for key in entry):
+            outside.append("evaluation during training, on the evaluation data")
+        if self.args.load_best_model_at_end:
+            outside.append("the choice of the best checkpoint by evaluation results")
+        return privacy_statement(
+            self.plan,
+            steps=self.accountant.steps_spent,
+            certificate=self.certificate.describe() if self.certificate else None,
+            generator=self._noise.describe(),
+            other_computations=outside,
+        )
+
+    def _make_plan(self) -> PrivacyPlan:
+        if not isinstance(self.train_dataset, Sized):
+            raise ConfigurationError(
+                "train_dataset has no length, and the sampling probability needs one. Use a map-style dataset, "
+                "for instance datasets.Dataset.from_generator(...)."
+            )
+        stated = self.args.per_device_train_batch_size * self._accumulation
+        batch = self.privacy.expected_batch_size or stated
+        rows = len(self.train_dataset)
+        drawn = rows if self.privacy.sampling == "full_batch" else batch
+        steps = self._steps_wanted
+        if steps <= 0:
+            steps = math.ceil(self.args.num_train_epochs * _steps_per_epoch(rows, drawn))
+        return make_plan(self.privacy, dataset_size=rows, expected_batch_size=batch, steps=steps)
+
+    # The Trainer's extension points.
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Trains; as ``Trainer.train``.
+
+        A resumed run continues the count of its checkpoint exactly and draws fresh keys.
+
+        Raises:
+            ConfigurationError: If the checkpoint's privacy record is missing, damaged or of another plan.
+            PrivacyBudgetError: If the budget is spent already.
+        """
+        # The Trainer sets a trial's arguments later; get_train_dataloader then plans it afresh.
+        self._new_trial = trial is not None
+        accountant = self.accountant
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint = get_last_checkpoint(self.args.output_dir)
+            if checkpoint is None:
+                raise ConfigurationError(f"{self.args.output_dir} has no checkpoint to resume from.")
+        if checkpoint is not None:
+            records.load(Path(str(checkpoint)), accountant)
+        if accountant.steps_spent >= self.plan.steps and trial is None:
+            raise PrivacyBudgetError(
+                f"All {self.plan.steps} steps of this run's budget are spent (ε = {accountant.epsilon:.3f}). "
+                "A further run on the same data needs a new DPTrainer, and its ε adds to this one."
+            )
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A DataLoader with one logical batch per item."""
+        if self._new_trial:
+            self._plan_trial()
+        plan = self.plan
+        self.args.max_steps = plan.steps
+        dataset, collator = self._training_data()
+        steps = _steps_per_epoch(len(dataset), plan.expected_batch_size)
+        rows = len(dataset)
+        sampler: Any = FullBatchSampler(dataset_size=rows, steps=steps)
+        if plan.sampling == "poisson":
+            sampler = PoissonSampler(
+                dataset_size=rows,
+                sampling_probability=plan.sampling_probability,
+                batch_cap=plan.batch_cap,
+                steps=steps,
+                key=fresh_key(),
+            )
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=LogicalBatchCollator(
+                data_collator=collator,
+                samples_per_micro_batch=self.args.per_device_train_batch_size,
+                tokens_per_micro_batch=self.privacy.micro_batch_tokens,
+            ),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[LogicalBatch], None]:
+        """The next logical batch; target counts of the batch are left out, since they would couple samples."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Creates the optimizer; any that works on ``.grad`` alone sees privatized gradients only."""
+        optimizer: torch.optim.Optimizer
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        refuse_unsupported_optimizer(optimizer)
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: LogicalBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Makes one release: leaves the privatized mean gradient in ``.grad`` of every trainable parameter.
+
+        Returns:
+            The mean loss of the drawn samples, for the log. Not private.
+        """
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimizers
+        module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+        if not self._checked:
+            self.certificate = self._certify(module)
+            self._checked = True
+        # Counted before the optimizer can apply it: a crash may count a step too many, never one too few.
+        self.accountant.spend_step()
+        report = release(
+            module,
+            (self._prepare_inputs(micro_batch) for micro_batch in inputs.micro_batches),
+            per_sample_loss=self._per_sample_loss(),
+            plan=self.plan,
+            noise=self._noise,
+            strategy=self.privacy.strategy,
+            rounding_margin=self.certificate.rounding_margin if self.certificate else 0.0,
+        )
+        if report.dropped_samples:
+            self._dropped_samples += report.dropped_samples
+            logger.warning(
+                f"step {self.state.global_step}: {report.dropped_samples} of {report.samples} samples left out, "
+                "their gradients were NaN or infinite. Check the data or lower the learning rate."
+            )
+        return report.mean_loss.to(self.args.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as ``Trainer``; training lines also say the ε spent so far."""
+        if self._accountant is not None and ("loss" in logs or "train_loss" in logs):
+            logs["epsilon"] = round(self.accountant.epsilon, 4)
+            if self._dropped_samples:
+                logs["dropped_samples"] = self._dropped_samples
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes the accountant's record first, so that no complete checkpoint lacks it."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            records.save(folder, self.accountant)
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and beside it the privacy statement of its weights."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and self._accountant is not None and self.accountant.steps_spent:
+            records.save_statement(Path(output_dir or self.args.output_dir), self.privacy_statement())
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """The expected logical batch size."""
+        return self.plan.expected_batch_size
+
+    def floating_point_ops(self, inputs: LogicalBatch) -> int:
+        """Operations of the ordinary forward and backward of all micro-batches."""
+        return sum(int(super(DPTrainer, self).floating_point_ops(batch)) for batch in inputs.micro_batches)
+
+    def _plan_trial(self) -> None:
+        """Plans one trial of a hyper-parameter search: a release of its own, with its own budget."""
+        self._new_trial = False
+        if self.args.gradient_accumulation_steps != 1:
+            self._accumulation = self.args.gradient_accumulation_steps
+        # A trial that sets max_steps says so after the last plan wrote its own.
+        if self.args.max_steps != self.plan.steps:
+            self._steps_wanted = self.args.max_steps
+        self.args = _with_fixed_arguments(self.args)
+        self._accountant = PrivacyAccountant(self._make_plan())
+        self._checked = False
+
+    def _training_data(self) -> tuple[Any, Any]:
+        """The training set, and its collator for the columns that the model takes."""
+        return self.train_dataset, self._get_collator_with_removed_columns(self.data_collator, "training")
+
+    # Losses and the checks before the first release.
+
+    def _head_loss(self) -> PerSampleLoss:
+        if self.compute_loss_func is not None:
+            return custom_loss(self.compute_loss_func)
+        return per_sample_loss_for(self.model, label_smoothing=self.args.label_smoothing_factor)
+
+    def _per_sample_loss(self) -> PerSampleLoss:
+        head_loss = self._head_loss()
+
+        def under_autocast(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+            with self.compute_loss_context_manager():
+                return head_loss(model, micro_batch)
+
+        return under_autocast
+
+    def _certify(self, model: nn.Module) -> Certificate | None:
+        """Compares losses and gradients with their slow twins on a few real samples."""
+        if self.privacy.certificate_samples == 0:
+            logger.warning(
+                "certificate_samples=0: gradients are not checked against plain autograd before training."
+            )
+            return None
+        dataset, collator = self._training_data()
+        pool = [dataset[index] for index in range(min(len(dataset), _CERTIFICATE_POOL))]
+        lengths = sample_lengths(pool)
+        # Evenly spread lengths: padding must not change a gradient.
+        order = sorted(range(len(pool)), key=lambda index: lengths[index] or 0)
+        count = min(self.privacy.certificate_samples, len(order))
+        chosen = [pool[order[(index * (len(order) - 1)) // max(1, count - 1)]] for index in range(count)]
+        micro_batch = self._prepare_inputs(
+            LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=count)(chosen).micro_batches[
+                0
+            ]
+        )
+        head_loss = self._head_loss()
+        if isinstance(head_loss, HeadLoss):
+            with self.compute_loss_context_manager():
+                check_against_model_loss(model, micro_batch, head_loss)
+        return certify(
+            model,
+            micro_batch,
+            per_sample_loss=self._per_sample_loss(),
+            clipping=self.plan.clipping,
+            strategy=self.privacy.strategy,
+            computation_dtype=torch.bfloat16 if self.args.bf16 else None,
+        )
+
+
+def _steps_per_epoch(rows: int, drawn: int) -> int:
+    """Logical batches that show each sample about once, rounded up as in ``Trainer``."""
+    return max(1, math.ceil(rows / drawn))
+
+
+def _with_fixed_arguments(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the arguments with what the mechanism fixes; each change is logged once."""
+    fixed = copy.copy(args)
+    for name, (value, reason) in _FIXED_ARGUMENTS.items():
+        if getattr(fixed, name) != value:
+            logger.warning(f"TrainingArguments.{name}: {getattr(fixed, name)} → {value}: {reason}.")
+            setattr(fixed, name, value)
+    return fixed

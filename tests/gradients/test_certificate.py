@@ -1,0 +1,146 @@
+"""The certificate passes what is exact and refuses, by name, what is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import MODEL_CASES
+from torch import nn
+
+from dp_trainer import AutomaticClipping, CertificateError, FlatClipping, certify
+from dp_trainer.gradients import forms, strategies
+from dp_trainer.gradients.certificate import without_padding
+from dp_trainer.losses import per_sample_loss_for
+
+CASES = {case.name: case for case in MODEL_CASES}
+
+
+def _certify(case_name, **changes):
+    case = CASES[case_name]
+    model = case.build()
+    settings = {"per_sample_loss": per_sample_loss_for(model), "clipping": AutomaticClipping(), **changes}
+    return certify(model, case.micro_batch(), **settings)
+
+
+@pytest.mark.parametrize("strategy", ["book_keeping", "loop"])
+@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+def test_exact_models_pass(case, strategy):
+    certificate = _certify(case.name, strategy=strategy)
+    assert certificate.norm_error < 1e-3
+    assert certificate.sum_error < 1e-3
+    assert certificate.largest_contribution <= 1 + 1e-5
+    assert certificate.rounding_margin < 1e-4
+
+
+def test_dropout_is_off_while_comparing_and_the_generator_untouched():
+    case = CASES["roberta-classifier"]
+    config = {**case.config, "hidden_dropout_prob": 0.5, "attention_probs_dropout_prob": 0.5}
+    noisy = type(case)(case.name, case.model_class, config, case.head)
+    model = noisy.build()
+    state = torch.random.get_rng_state()
+    certificate = certify(
+        model, case.micro_batch(), per_sample_loss=per_sample_loss_for(model), clipping=AutomaticClipping()
+    )
+    assert certificate.norm_error < 1e-4
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert model.training
+
+
+# Planted faults, one a row: what is changed, and what the refusal must say.
+
+
+def _drop_cross_terms(monkeypatch):
+    monkeypatch.setattr(forms, "inner_products", lambda first, second: torch.zeros(first.dense().shape[0]))
+
+
+def _halve_norms(monkeypatch):
+    plain = strategies.squared_norms
+    monkeypatch.setattr(strategies, "squared_norms", lambda uses: (plain(uses)[0] * 0.25, plain(uses)[1]))
+
+
+def _no_clipping(monkeypatch):
+    monkeypatch.setattr(FlatClipping, "__call__", lambda self, norms: torch.ones_like(norms))
+
+
+FAULTS = {
+    "tied cross terms dropped": (_drop_cross_terms, "gpt2-tied", "not exact"),
+    "norms halved": (_halve_norms, "bert-classifier", "not exact"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_inexact_norms_are_refused(fault, monkeypatch):
+    plant, case_name, fragment = FAULTS[fault]
+    plant(monkeypatch)
+    with pytest.raises(CertificateError, match=fragment):
+        _certify(case_name)
+
+
+def test_clipping_that_does_not_clip_is_refused(monkeypatch):
+    _no_clipping(monkeypatch)
+    with pytest.raises(CertificateError, match="times the sensitivity"):
+        _certify("gpt2-tied", clipping=FlatClipping(1e-3))
+
+
+def _token_mean(model, micro_batch):
+    inputs = {k: v for k, v in micro_batch.items() if k != "labels"}
+    logits, labels = model(**inputs).logits[:, :-1], micro_batch["labels"][:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view(len(labels), -1).sum(1) / (labels != -100).sum()
+
+
+def _without_mask(model, micro_batch):
+    losses = model(input_ids=micro_batch["input_ids"]).logits
+    return losses.pow(2).flatten(1).mean(1)
+
+
+COUPLED = {"a mean over the batch's tokens": _token_mean, "padding that is attended to": _without_mask}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_samples_that_feel_their_neighbours_are_refused(name):
+    with pytest.raises(CertificateError, match="neighbours"):
+        _certify("gpt2-tied", per_sample_loss=COUPLED[name])
+
+
+def test_a_buffer_that_remembers_samples_is_refused():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x):
+            self.seen.add_(x.detach().sum(0))
+            return self.layer(x)
+
+    model = Remembering()
+    with pytest.raises(CertificateError, match=r"seen: this buffer"):
+        certify(
+            model,
+            {"x": torch.randn(4, 3)},
+            per_sample_loss=lambda m, b: m(b["x"]).pow(2).sum(1),
+            clipping=AutomaticClipping(),
+        )
+    assert not model.seen.any()
+
+
+def test_samples_with_nan_are_not_compared():
+    model = nn.Linear(3, 2)
+    data = torch.randn(4, 3)
+    data[1] = float("nan")
+    arguments = {"per_sample_loss": lambda m, b: m(b["x"]).pow(2).sum(1), "clipping": AutomaticClipping()}
+    assert certify(model, {"x": data}, **arguments).samples == 3
+    with pytest.raises(CertificateError, match="All 2 samples"):
+        certify(model, {"x": torch.full((2, 3), float("nan"))}, **arguments)
+
+
+def test_padding_is_cut_only_where_its_meaning_is_known():
+    mask = torch.tensor([[1, 1, 0]])
+    ids = torch.tensor([[5, 6, 0]])
+    cut = without_padding({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([[5, 6, -100]])})
+    assert [v.shape for v in cut.values()] == [(1, 2)] * 3
+    for extra in ({"labels": torch.tensor([[5, 6, 7]])}, {"speeds": torch.zeros(1, 3)}):
+        whole = {"input_ids": ids, "attention_mask": mask, **extra}
+        assert without_padding(whole)["input_ids"].shape == (1, 3)
