@@ -14,6 +14,7 @@ any trainable parameter shows a use that escaped, which is an error too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -64,6 +65,7 @@ _TRANSPOSING = frozenset(
     }
 )
 _EXPANDING = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile})
+_OPENING = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 _SETTERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
 
 
@@ -145,6 +147,12 @@ def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
         UnsupportedOperationError: If a parameter is used in a way without a rule.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in parameters.items():
+        if parameter._backward_hooks or parameter.is_complex():
+            raise UnsupportedOperationError(
+                f"{name}: this trainable parameter is complex, or a hook changes its gradient, which no capture "
+                "can follow. Freeze it, remove the hook, or set strategy='loop'."
+            )
     kept_grads = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
@@ -181,6 +189,8 @@ class CaptureMode(TorchFunctionMode):
         for tensor in (*model.parameters(), *model.buffers()):
             name = names.get(id(tensor))
             self._known[id(tensor)] = Derived(tensor, () if name is None else (name,))
+        # Sample data that the model itself made a leaf, as for checkpointing over frozen embeddings.
+        self._opened: dict[int, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._function: Callable[..., Any] = torch.add
         self._rooted: list[Derived] = []
@@ -193,16 +203,20 @@ class CaptureMode(TorchFunctionMode):
         if func in _QUESTIONS:
             return func(*args, **kwargs)
         rooted: list[Derived] = []
+        self._function, self._rooted = func, rooted
         has_data = self._sort(args, rooted) | self._sort(kwargs.values(), rooted)
+        if func is torch.autograd.grad:
+            self.refuse("gradients taken inside the model have no per-sample form")
         if not has_data:
             return self._run_derived(func, args, kwargs, rooted)
         if not rooted:
+            if func in _OPENING:
+                self._opened[id(args[0])] = args[0]
             if self._writes(func, kwargs):
                 self._forget_target(args, kwargs)
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        self._function, self._rooted = func, rooted
         rule = OPERATION_RULES.get(func)
         if rule is None:
             self.refuse("no rule for this operation")
@@ -211,6 +225,7 @@ class CaptureMode(TorchFunctionMode):
     def forget(self) -> None:
         """Drops every tensor that the mode keeps alive."""
         self._known.clear()
+        self._opened.clear()
         self._rooted = []
 
     # What a rule may ask.
@@ -249,7 +264,7 @@ class CaptureMode(TorchFunctionMode):
     def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""
         derived, rows, axes = self._known[id(tensor)], shape[0] if shape else 0, len(shape)
-        aligned = tensor.ndim == axes and tensor.shape[0] == rows != 1
+        aligned = derived.batch_first and tensor.ndim == axes and tensor.shape[0] == rows != 1
         spreadable = tensor.ndim < axes or (tensor.ndim == axes and tensor.shape[0] == 1)
         if not rows or rows % self.batch_size or not (aligned or spreadable):
             self.refuse(
@@ -287,8 +302,8 @@ class CaptureMode(TorchFunctionMode):
         """Raises ``UnsupportedOperationError`` for the call at hand."""
         roots = list(dict.fromkeys(name for derived in self._rooted for name in derived.roots))
         raise UnsupportedOperationError(
-            f"{', '.join(roots[:3])}: {resolve_name(self._function) or self._function} uses this trainable "
-            f"parameter, but {reason}. Freeze it, add a rule with @operation_rule, or set strategy='loop'."
+            f"{', '.join(roots[:3]) or 'the model'}: {resolve_name(self._function) or self._function} uses this "
+            f"trainable parameter, but {reason}. Freeze it, add a rule with @operation_rule, or set strategy='loop'."
         )
 
     # How calls are sorted.
@@ -302,6 +317,15 @@ class CaptureMode(TorchFunctionMode):
                 # A constant that needs a gradient was written to with sample data.
                 if entry is None or (not entry.roots and value.requires_grad):
                     has_data = True
+                    if (
+                        value.requires_grad
+                        and value.is_leaf
+                        and id(value) not in self._opened
+                        and entry is None
+                    ):
+                        self.refuse(
+                            "a tensor among its arguments needs a gradient but is no parameter of the model"
+                        )
                 elif entry.roots:
                     rooted.append(entry)
             elif isinstance(value, list | tuple):
@@ -309,10 +333,11 @@ class CaptureMode(TorchFunctionMode):
         return has_data
 
     def _run_derived(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
-        if rooted and torch.is_grad_enabled() and self._writes(func, kwargs):
+        versions = [derived.tensor._version for derived in rooted]
+        result = func(*args, **kwargs)
+        if versions != [derived.tensor._version for derived in rooted] and torch.is_grad_enabled():
             self._function, self._rooted = func, rooted
             self.refuse("it writes into a tensor made from parameters")
-        result = func(*args, **kwargs)
         outputs = result if isinstance(result, list | tuple) else (result,)
         for output in outputs:
             if isinstance(output, Tensor) and id(output) not in self._known:
@@ -337,21 +362,28 @@ def _derived_from(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: lis
         return Derived(output, ())
     roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
     base = rooted[0] if len(rooted) == 1 else None
+    inherited = any(derived.batch_first for derived in rooted)
+    general = Derived(output, roots, Link.GENERAL, batch_first=inherited)
     if base is None:
-        return Derived(output, roots, Link.GENERAL)
+        return general
     same_shape = output.shape == base.tensor.shape
     if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
-        return Derived(output, roots, Link.SAME, base)
+        return Derived(output, roots, Link.SAME, base, batch_first=inherited)
     swapped = output.ndim == 2 and output.shape == base.tensor.shape[::-1]
     if func in _TRANSPOSING and swapped and output.stride() == base.tensor.stride()[::-1]:
         return Derived(output, roots, Link.TRANSPOSED, base)
     if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
-        return Derived(output, roots, Link.EXPANDED, base)
-    if func is F.embedding and base.tensor.ndim == 2 and len(args) > 1 and args[1] is base.tensor:
-        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None)
+        return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
+    if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
+        first_axis = args[0].ndim > 1
+        if any(kwargs.get(flag) for flag in ("max_norm", "scale_grad_by_freq", "sparse")):
+            return dataclasses.replace(general, batch_first=first_axis)
+        padding = kwargs.get("padding_idx")
         padding_row = None if padding is None else padding % base.tensor.shape[0]
-        return Derived(output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row)
-    return Derived(output, roots, Link.GENERAL)
+        return Derived(
+            output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row, batch_first=first_axis
+        )
+    return general
 
 
 def _only_leading(shape: torch.Size, base: torch.Size) -> bool:

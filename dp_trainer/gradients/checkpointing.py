@@ -3,53 +3,72 @@
 Recomputation happens inside the backward pass. There the capture's function mode
 is off: on a GPU because it is another thread, on a CPU because ``backward`` is
 itself a torch function that the mode sees, and a mode is off in its own handler.
-Non-reentrant checkpointing takes a context for the recomputation; here it enters
-the capture again.
+Non-reentrant checkpointing takes a context for the recomputation; here every one
+of them, whoever asked for it, enters the capture again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
+import torch.utils.checkpoint
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dp_trainer.errors import UnsupportedOperationError
 
-_ATTRIBUTE = "_gradient_checkpointing_func"
+# What ``torch.utils.checkpoint.checkpoint`` looks up at each call, however it was imported itself.
+_GENERATOR = "_checkpoint_without_reentrant_generator"
 
 
 @contextlib.contextmanager
 def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
-    """While inside, checkpointed blocks of a transformers model recompute under ``mode``.
+    """While inside, checkpointed blocks recompute under ``mode``.
 
     Raises:
-        UnsupportedOperationError: For reentrant checkpointing, whose inner
-            backward pass puts gradients where no capture sees them.
+        UnsupportedOperationError: For a transformers model with reentrant checkpointing,
+            whose inner backward pass puts gradients where no capture sees them.
     """
+    for path, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        settings = getattr(function, "keywords", {})
+        if getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant") is True:
+            raise UnsupportedOperationError(
+                f"{path or 'the model'}: reentrant gradient checkpointing hides gradients from the capture. "
+                "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+    original = getattr(torch.utils.checkpoint, _GENERATOR)
 
-    def contexts() -> tuple[Any, Any]:
-        # The mode itself, since a block may be recomputed more than once.
-        return contextlib.nullcontext(), mode
+    def generator(
+        fn: Any, preserve_rng_state: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = context_fn or torch.utils.checkpoint.noop_context_fn
 
-    changed: list[tuple[nn.Module, Any]] = []
+        def contexts() -> tuple[Any, Any]:
+            forward, recomputation = given()
+            return forward, _Both(recomputation, mode)
+
+        return original(fn, preserve_rng_state, contexts, *args, **kwargs)
+
+    setattr(torch.utils.checkpoint, _GENERATOR, generator)
     try:
-        for path, module in model.named_modules():
-            function = getattr(module, _ATTRIBUTE, None)
-            if function is None or not getattr(module, "gradient_checkpointing", False):
-                continue
-            settings = function.keywords if isinstance(function, functools.partial) else {}
-            if settings.get("use_reentrant", True):
-                raise UnsupportedOperationError(
-                    f"{path or 'the model'}: reentrant gradient checkpointing hides gradients from the capture. "
-                    "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            changed.append((module, function))
-            setattr(module, _ATTRIBUTE, functools.partial(function, context_fn=contexts))
         yield
     finally:
-        for module, function in changed:
-            setattr(module, _ATTRIBUTE, function)
+        setattr(torch.utils.checkpoint, _GENERATOR, original)
+
+
+class _Both:
+    """Two contexts as one that can be entered again, since a block may be recomputed more than once."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self._first, self._second = first, second
+
+    def __enter__(self) -> None:
+        self._first.__enter__()
+        self._second.__enter__()
+
+    def __exit__(self, *details: Any) -> None:
+        self._second.__exit__(*details)
+        self._first.__exit__(*details)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, RowScatter
 
 
@@ -44,6 +43,8 @@ class Derived:
         base: What it was made from in one step; None for a parameter itself.
         rows: For ``Link.ROWS``, the indices, any shape.
         padding_row: For ``Link.ROWS``, the row that gets no gradient, if any.
+        batch_first: Whether the forward pass itself gave it a first axis by repeating or looking up,
+            so that this axis may run over the samples.
     """
 
     tensor: Tensor
@@ -52,6 +53,7 @@ class Derived:
     base: Derived | None = None
     rows: Tensor | None = None
     padding_row: int | None = None
+    batch_first: bool = False
 
 
 def padded_values(rows_BT: Tensor, values_BTD: Tensor, padding_row: int | None) -> Tensor:
@@ -128,11 +130,6 @@ def _aligned_to_parameters(
         inner = shape[len(shape) - summed.ndim + 1 :]
         reduced = torch.stack([sample.sum_to_size(inner).reshape(shape) for sample in summed])
         yield from to_parameters(derived.base, Materialized(reduced), aligned=False, parameters=parameters)
-    elif derived.link is Link.SAME and derived.base is None:
-        raise UnsupportedOperationError(
-            f"{derived.roots[0]}: its first axis meets the sample axis, so which rows belong to which sample "
-            "is unknown. Freeze the parameter or set strategy='loop'."
-        )
     else:
         rows_per_sample = gradients.shape[1]
         yield from _pull_back_rows(derived, gradients, rows_per_sample, parameters)
@@ -183,4 +180,4 @@ def _stored_like(form: Form, base: Tensor) -> Form:
     if not isinstance(form, Materialized):
         return form
     dtype = torch.promote_types(form.gradients_BK.dtype, base.dtype)
-    return Materialized(form.gradients_BK.to(dtype).reshape(-1, *base.shape))
+    return Materialized(form.gradients_BK.to(dtype).reshape(form.gradients_BK.shape[0], *base.shape))

@@ -2,8 +2,13 @@
 
 An operation rule never computes with gradients: it returns a form. Three forms
 cover every use of a parameter, and norms, inner products and weighted sums are
-written here once. All results are exact for the tensors given; squared norms
-and sums are computed in float32 at least, whatever the dtype of the tensors.
+written here once, in float32 at least, whatever the dtype of the tensors.
+
+Norms never fall below the true ones. A Gram product sums terms as large as the
+square of ``Σ_t ‖left[t]‖ ‖right[t]‖``, the *spread*, and where the gradient itself
+is far smaller, they cancel and leave rounding. So a multiple of that rounding
+is added, invisible in ordinary gradients, and where it would be visible the
+gradient is built instead.
 
 Axes: B sample, T and S position, P first weight axis, D second weight axis,
 V row of a table, K any trailing axes of a parameter.
@@ -27,6 +32,11 @@ from torch import Tensor
 # Rows of a Gram matrix computed at a time: enough for full matmul speed, small
 # enough that skipping the upper triangle pays.
 _GRAM_BLOCK = 64
+
+# Rounding of a sum of products, in units of the last place of its largest term.
+_ROUNDING = 4.0
+# A squared norm smaller than this many units of the squared spread's last place is mostly rounding.
+_TRUSTED = 1e3
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -59,14 +69,17 @@ class OuterProduct:
         """Returns the gradients themselves, (B, P, D)."""
         return torch.bmm(_wide(self.left_BTP).mT, _wide(self.right_BTD))
 
+    def spreads(self) -> Tensor:
+        """Returns ``Σ_t ‖left[t]‖ ‖right[t]‖``, (B,): what cancellation is measured against."""
+        left_BT = torch.linalg.vector_norm(_wide(self.left_BTP), dim=2)
+        spreads_B: Tensor = (left_BT * torch.linalg.vector_norm(_wide(self.right_BTD), dim=2)).sum(1)
+        return spreads_B
+
     def squared_norms(self) -> Tensor:
-        """Returns ‖gradient‖², (B,), from the Gram matrices of both factors."""
+        """Returns ‖gradient‖² up to cancellation, (B,), from the Gram matrices of both factors."""
+        if self.left_BTP.shape[1] == 1:
+            return self.spreads().square()
         left, right = _wide(self.left_BTP), _wide(self.right_BTD)
-        if left.shape[1] == 1:
-            norms: Tensor = torch.linalg.vector_norm(left, dim=(1, 2)) * torch.linalg.vector_norm(
-                right, dim=(1, 2)
-            )
-            return norms.square()
         total_B = left.new_zeros(left.shape[0])
         for start in range(0, left.shape[1], _GRAM_BLOCK):
             stop = start + _GRAM_BLOCK
@@ -124,6 +137,11 @@ class RowScatter:
         table.index_add_(0, (self.rows_BT + offsets).flatten(), values.flatten(0, 1))
         return table.view(batch, self.number_of_rows, width)
 
+    def spreads(self) -> Tensor:
+        """Returns ``Σ_t ‖values[t]‖``, (B,)."""
+        spreads_B: Tensor = torch.linalg.vector_norm(_wide(self.values_BTD), dim=2).sum(1)
+        return spreads_B
+
     def squared_norms(self) -> Tensor:
         """Returns ‖gradient‖², (B,): values that share a row add before the norm."""
         values = _wide(self.values_BTD)
@@ -164,6 +182,10 @@ class Materialized:
     def dense(self) -> Tensor:
         """Returns the gradients themselves, (B, …)."""
         return _wide(self.gradients_BK)
+
+    def spreads(self) -> Tensor:
+        """Returns zeros, (B,): what is stored is what will be summed, so nothing is left to cancel."""
+        return self._flat().new_zeros(self.gradients_BK.shape[0])
 
     def squared_norms(self) -> Tensor:
         """Returns ‖gradient‖², (B,)."""
@@ -222,16 +244,31 @@ def inner_products(first: Form, second: Form) -> Tensor:
 
 
 def sum_squared_norms(forms: Sequence[Form]) -> Tensor:
-    """Returns ‖Σ of all forms‖² of one parameter per sample, (B,).
+    """Returns ‖Σ of all forms‖² of one parameter per sample, (B,), rounded up.
 
     A shared parameter's gradients add up before the norm, so every pair of uses
     contributes its cross term.
+
+    Guarantee: at least the squared norm of what ``weighted_sum`` adds for a
+    factor of one, rounding included. NaN stays NaN.
     """
     total_B = sum((form.squared_norms() for form in forms[1:]), start=forms[0].squared_norms())
     for first, second in itertools.combinations(forms, 2):
         total_B = total_B + 2 * inner_products(first, second)
-    # Cross terms may cancel to a rounding error below zero; NaN stays NaN.
-    return total_B.clamp(min=0)
+    spread_B = sum((form.spreads() for form in forms[1:]), start=forms[0].spreads())
+    unit = torch.finfo(total_B.dtype).eps
+    squared_spread_B = spread_B.square()
+    bounds_B = total_B.clamp(min=0) + _ROUNDING * unit * squared_spread_B
+    cancelled_B = total_B < _TRUSTED * unit * squared_spread_B
+    if bool(cancelled_B.any()):
+        built_B = torch.linalg.vector_norm(sum_dense(forms).flatten(1), dim=1)
+        bounds_B = torch.where(cancelled_B, (built_B + _ROUNDING * unit * spread_B).square(), bounds_B)
+    return bounds_B
+
+
+def sum_dense(forms: Sequence[Form]) -> Tensor:
+    """Returns the gradients of one parameter, all uses added up, (B, …)."""
+    return functools.reduce(torch.add, (form.dense() for form in forms))
 
 
 def _gram_product(left_t: Tensor, left_s: Tensor, right_t: Tensor, right_s: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Axes: B sample (all micro-batches together), G clipping group, K a parameter's a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size, sample_of
-from dp_trainer.errors import ConfigurationError
+from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.capture import capture
-from dp_trainer.gradients.forms import accumulation_dtype
+from dp_trainer.gradients.forms import Form, accumulation_dtype
 from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 
@@ -140,11 +141,26 @@ def book_keeping(
         losses_B = _checked_losses(per_sample_loss(model, micro_batch), batch_size)
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
-    forms_by_name = tape.take_forms()
-    losses_B = losses_B.detach()
+    with _full_precision(losses_B.device):
+        norms_B, factors_B = _add_clipped(tape.take_forms(), losses_B.detach(), clipping, totals)
+    return _Part(norms_B, factors_B, losses_B.detach())
+
+
+def _add_clipped(
+    forms_by_name: dict[str, list[Form]],
+    losses_B: Tensor,
+    clipping: ClippingFunction,
+    totals: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Adds one micro-batch's clipped sum to the totals; returns norms and factors, (B,)."""
     squares_B = torch.zeros_like(losses_B, dtype=accumulation_dtype(losses_B))
     for name, forms in forms_by_name.items():
         square_B, forms_by_name[name] = squared_norms(forms)
+        if square_B.shape != squares_B.shape:
+            raise UnsupportedOperationError(
+                f"{name}: its gradient has {square_B.shape[0]} samples instead of {squares_B.shape[0]}. Freeze it "
+                "or set strategy='loop'."
+            )
         squares_B = squares_B + square_B
     norms_B = _norms(squares_B)
     factors_B = clipping(norms_B)
@@ -154,7 +170,19 @@ def book_keeping(
         for form in forms_by_name.pop(name):
             form = form if all_kept else form.select(kept_B)
             totals[name] = form.weighted_sum(factors_B, totals.get(name))
-    return _Part(norms_B, factors_B, losses_B)
+    return norms_B, factors_B
+
+
+@contextlib.contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Norms and sums in full float32: neither autocast nor TensorFloat-32 may round a contribution."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def loop(

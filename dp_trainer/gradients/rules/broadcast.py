@@ -109,7 +109,7 @@ def scaled_dot_product_attention(
     """Attention with a learned bias as its mask, or with learned queries, keys or values."""
     operands = [query, key, value, attn_mask]
     rows = next(t.shape[0] for t in operands if t is not None and not call.is_tracked(t))
-    shape = (rows, 1, 1, 1)
+    shape = (rows, *[1] * (max(t.ndim for t in operands if t is not None) - 1))
     spread = [call.per_sample_copy(t, shape) if t is not None and call.is_tracked(t) else t for t in operands]
     return F.scaled_dot_product_attention(
         spread[0],  # type: ignore[arg-type]

@@ -61,8 +61,9 @@ def _weight_gradient(
     inputs: Tensor, weight: Tensor, grads: Tensor, settings: tuple[Any, Any, Any, int]
 ) -> Tensor:
     """One sample's weight gradient, by torch's own backward of the convolution."""
-    variable = weight.detach().requires_grad_()
-    with torch.enable_grad():
-        output = _FUNCTIONS[weight.ndim - 2](inputs, variable, None, *settings)
-    (gradient,) = torch.autograd.grad(output, variable, grads.to(output.dtype))
+    dtype = accumulation_dtype(weight)
+    variable = weight.detach().to(dtype).requires_grad_()
+    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        output = _FUNCTIONS[weight.ndim - 2](inputs.to(dtype), variable, None, *settings)
+    (gradient,) = torch.autograd.grad(output, variable, grads.to(dtype))
     return gradient

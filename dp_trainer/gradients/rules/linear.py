@@ -18,6 +18,10 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
     """``input @ weightᵀ + bias``, weight (P, D)."""
     if call.is_tracked(input):
         call.refuse("its input is made from parameters while its weight holds sample data")
+    if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        call.refuse(
+            f"its weight has shape {tuple(weight.shape)}, and only (P, D) with a bias of (P,) is known"
+        )
     output = F.linear(input, call.value(weight), call.value(bias))
     inputs_BTD = call.by_sample(input)
     return call.watch(
@@ -40,8 +44,8 @@ def addmm(
     """``beta · input + alpha · mat1 @ mat2``, mat2 (D, P) a weight, input (P,) its bias."""
     if call.is_tracked(mat1):
         call.refuse("its first matrix is made from parameters")
-    if input.ndim != 1 and call.is_tracked(input):
-        call.refuse(f"its added term has shape {tuple(input.shape)}, and only a bias of one axis is known")
+    if call.is_tracked(input) and input.shape != mat2.shape[1:]:
+        call.refuse(f"its added term has shape {tuple(input.shape)}, and only a bias of (P,) is known")
     output = torch.addmm(call.value(input), mat1, call.value(mat2), beta=beta, alpha=alpha)
     inputs_BTD = call.by_sample(mat1)
     return call.watch(
