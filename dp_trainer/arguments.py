@@ -121,8 +121,10 @@ class PrivacyArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise _wrong(name, value, "must be at least 1")
-        if self.certificate_samples < 0:
-            raise _wrong("certificate_samples", self.certificate_samples, "must be at least 0")
+        if self.certificate_samples < 0 or self.certificate_samples == 1:
+            raise _wrong(
+                "certificate_samples", self.certificate_samples, "must be 0, or at least 2 to see neighbours"
+            )
         for name, allowed in (
             ("clipping", tuple(CLIPPING_FUNCTIONS)),
             ("sampling", SAMPLINGS),

@@ -1,0 +1,256 @@
+"""The privacy statement: what a run guarantees, for whom, and what it leaves open.
+
+One JSON for machines, one page for people, one section for a model card. It
+holds no secret and no number that was computed on the data, except what the
+certificate measured, which stays out of the model card.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dp_trainer.privacy.accounting import EpsilonCurve, rounded_up
+from dp_trainer.privacy.attack import attack_rates
+from dp_trainer.privacy.plan import PrivacyPlan
+
+UNIT = "one sample: one row of the training set"
+NEIGHBOURS = "adding or removing one sample"
+_NEVER_COVERED = (
+    "training losses, gradient norms, clip rates and dropped-sample counts in the logs",
+    "evaluation on data that is itself private, and choosing a checkpoint or settings by it",
+    "earlier runs on the same data, hyper-parameter searches among them: their ε adds up",
+    "attacks on the generator or on the floating-point grid of the noise: it is pseudo-random, not a cipher's output",
+    "whatever was learned about the data before training, such as a vocabulary or a length limit",
+)
+_PACKAGES = ("dp_trainer", "torch", "transformers", "dp-accounting", "numpy", "scipy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyStatement:
+    """What holds for the weights after ``steps`` releases of a plan.
+
+    Guarantee: no number here is more favourable than what was proved; ε is rounded up.
+
+    Args:
+        plan: The run's plan.
+        steps: Releases made.
+        epsilon: ε after them by the plan's accountant.
+        epsilon_rdp: The same by Rényi divergences, as a cross-check.
+        grid: Grid of losses behind ``epsilon``; None where none was used.
+        attack: False-positive rate → bound on the true-positive rate.
+        certificate: What the certificate measured, or None if it did not run.
+        generator: How the noise was made.
+        versions: Package → version.
+        other_computations: What else was computed on the data, outside the guarantee.
+    """
+
+    plan: PrivacyPlan
+    steps: int
+    epsilon: float
+    epsilon_rdp: float
+    grid: float | None
+    attack: Mapping[float, float]
+    certificate: Mapping[str, Any] | None
+    generator: str
+    versions: Mapping[str, str]
+    other_computations: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader must not overlook; empty for a sound run."""
+        found = []
+        if math.isinf(self.epsilon):
+            found.append("NO PRIVACY: no finite ε holds for this run.")
+        if not self.plan.noise_is_secure or "insecure" in self.generator.lower():
+            found.append(
+                "INSECURE NOISE: the noise came from a fixed seed. Whoever knows or guesses it can remove the noise; "
+                "the guarantee does not hold against them."
+            )
+        if self.certificate is None:
+            found.append(
+                "NO CERTIFICATE: per-sample gradients were not compared with plain autograd, so that each sample's "
+                "contribution is bounded was not checked on this model."
+            )
+        if self.plan.target_delta * self.plan.dataset_size >= 1.0:
+            found.append(
+                "LARGE δ: δ is not below 1/N, which would allow to publish a whole sample now and then."
+            )
+        return tuple(found)
+
+    @property
+    def accounting(self) -> str:
+        """How ``epsilon`` was worked out."""
+        return "closed form" if self.plan.is_closed_form else self.plan.accountant.upper()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The statement as plain data; what is infinite becomes None."""
+        plan = self.plan
+        return {
+            "warnings": list(self.warnings),
+            "epsilon": _finite(self.epsilon),
+            "delta": plan.target_delta,
+            "steps": self.steps,
+            "unit": UNIT,
+            "neighbouring_relation": NEIGHBOURS,
+            "accountant": self.accounting,
+            "grid": self.grid,
+            "epsilon_rdp": _finite(self.epsilon_rdp),
+            "true_positive_rate_bounds": {f"{rate:g}": bound for rate, bound in self.attack.items()},
+            "plan": plan.describe(),
+            "noise_generator": self.generator,
+            "certificate": None if self.certificate is None else dict(self.certificate),
+            "not_covered": [*_NEVER_COVERED, *self.other_computations],
+            "versions": dict(self.versions),
+        }
+
+    def to_json(self) -> str:
+        """The statement as strict JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    def to_prose(self) -> str:
+        """One page of Markdown."""
+        certificate = "It did not run."
+        if self.certificate is not None:
+            measured = ", ".join(f"{name} {_short(value)}" for name, value in self.certificate.items())
+            certificate = f"Before the first step: {measured}."
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join(
+            [
+                "# Privacy statement",
+                "",
+                *self._warning_lines(),
+                *self._guarantee_lines(),
+                "",
+                "## Certificate",
+                "",
+                certificate,
+                "",
+                *self._limits_lines(),
+                "",
+                f"Made with {versions}.",
+            ]
+        )
+
+    def model_card_section(self) -> str:
+        """A section for a model card; leaves out the certificate, whose figures come from the data."""
+        return "\n".join(
+            ["## Privacy", "", *self._warning_lines(), *self._guarantee_lines(), "", *self._limits_lines()]
+        )
+
+    def _warning_lines(self) -> list[str]:
+        return [line for warning in self.warnings for line in (f"> **{warning}**", "")]
+
+    def _guarantee_lines(self) -> list[str]:
+        plan = self.plan
+        clip = plan.clipping.describe()
+        settings = ", ".join(f"{name} {value:g}" for name, value in clip.items() if isinstance(value, float))
+        public = (
+            "stated by the user" if plan.dataset_size_stated else "the training set's length, taken as public"
+        )
+        grid = "" if self.grid is None else f", grid {self.grid:.2g}"
+        draw = "every sample, every step"
+        if plan.sampling == "poisson":
+            draw = (
+                f"Poisson, each sample with probability {plan.sampling_probability:.6g} "
+                f"(expected size {plan.expected_batch_size}, at most {plan.batch_cap})"
+            )
+        claim = (
+            "The weights carry no differential-privacy guarantee."
+            if math.isinf(self.epsilon)
+            else f"The weights are ({rounded_up(self.epsilon)}, {plan.target_delta:g})-differentially private."
+        )
+        return [
+            f"**{claim}**",
+            "",
+            "| | |",
+            "| --- | --- |",
+            f"| unit | {UNIT} |",
+            f"| neighbouring datasets | {NEIGHBOURS} |",
+            f"| samples | N = {plan.dataset_size} ({public}) |",
+            f"| sampling | {draw} |",
+            f"| clipping | {clip['name']} ({settings}); sensitivity {plan.clipping.sensitivity:g} |",
+            f"| noise multiplier | {plan.noise_multiplier:.6g}: std {plan.noise_std:.6g} on the clipped sum |",
+            f"| releases | {self.steps} of {plan.steps} planned |",
+            f"| ε at δ = {plan.target_delta:g} | {rounded_up(self.epsilon)} ({self.accounting}{grid}) |",
+            f"| ε by Rényi divergences | {rounded_up(self.epsilon_rdp)} (cross-check, looser) |",
+            f"| noise generator | {self.generator} |",
+            "",
+            "Somebody who sees every update and knows all other samples, and tests whether one given sample was used:",
+            "",
+            "| wrong on unused samples at most | right on used samples at most |",
+            "| --- | --- |",
+            *(f"| {rate:.1%} | {_percent_up(bound)} |" for rate, bound in self.attack.items()),
+        ]
+
+    def _limits_lines(self) -> list[str]:
+        return [
+            "The guarantee covers the weights only. It does not cover:",
+            "",
+            *(f"- {item}" for item in (*_NEVER_COVERED, *self.other_computations)),
+        ]
+
+
+def privacy_statement(
+    plan: PrivacyPlan,
+    *,
+    steps: int,
+    certificate: Mapping[str, Any] | None,
+    generator: str,
+    versions: Mapping[str, str] | None = None,
+    other_computations: Sequence[str] = (),
+) -> PrivacyStatement:
+    """Works out the statement for the weights after ``steps`` releases of a plan.
+
+    Args:
+        plan: The run's plan.
+        steps: Releases made so far, at most ``plan.steps``.
+        certificate: ``Certificate.describe()``, or None if it did not run.
+        generator: ``NoiseGenerator.describe()``.
+        versions: Package → version; looked up if not given.
+        other_computations: What else was computed on the data, in words.
+
+    Raises:
+        ConfigurationError: If ``steps`` is not in [0, ``plan.steps``].
+    """
+    renyi = EpsilonCurve(plan.mechanism, horizon=plan.steps, accountant="rdp")
+    return PrivacyStatement(
+        plan=plan,
+        steps=steps,
+        epsilon=plan.epsilon_after(steps),
+        epsilon_rdp=renyi.epsilon(steps, plan.target_delta),
+        grid=plan.grid_after(steps),
+        attack=attack_rates(plan.mechanism, steps),
+        certificate=certificate,
+        generator=generator,
+        versions=installed_versions() if versions is None else versions,
+        other_computations=tuple(other_computations),
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the guarantee rests on."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _percent_up(bound: float) -> str:
+    return f"{math.ceil(bound * 1000.0) / 10.0:.1f}%"

@@ -1,0 +1,189 @@
+"""The noise has the stated distribution, is never repeated, and nobody can read its key."""
+
+import copy
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dp_trainer.errors import ConfigurationError
+from dp_trainer.privacy.noise import NoiseGenerator
+
+COUNT = 2_000_000
+
+
+def check_noise(draw, std):
+    """``draw(count)`` gives independent N(0, std²); false failures are below 1e-6."""
+    values = draw(COUNT).double() / std
+    assert abs(values.std().item() - 1.0) < 0.005
+    assert abs(values.mean().item()) < 5 / math.sqrt(COUNT)
+    assert stats.kstest(values[:200_000].numpy(), "norm").pvalue > 1e-6
+    assert values.abs().max() > 4.5  # tails exist
+    for lag in (1, 2, 128, 4096, COUNT // 2):
+        assert abs((values[lag:] * values[:-lag]).mean().item()) < 5.5 / math.sqrt(COUNT)
+    following = draw(COUNT).double() / std
+    assert abs((values * following).mean().item()) < 5.5 / math.sqrt(COUNT)
+
+
+@pytest.mark.parametrize("std", [1.0, 0.037, 250.0])
+def test_noise_is_gaussian_with_the_stated_std(std):
+    noise = NoiseGenerator(device="cpu", insecure_seed=7)
+    check_noise(lambda count: noise.gaussian((count,), std), std)
+
+
+def test_secure_noise_is_gaussian_too():
+    noise = NoiseGenerator(device="cpu")
+    check_noise(lambda count: noise.gaussian((count,), 1.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda noise, count: noise.gaussian((count,), 0.5),
+        lambda noise, count: noise.gaussian((count,), 1 / math.sqrt(2)),
+        lambda noise, count: NoiseGenerator(device="cpu", insecure_seed=1).gaussian((count,), 1.0),
+        lambda noise, count: noise.gaussian((count // 2,), 1.0).repeat(2),
+        lambda noise, count: (torch.rand(count) - 0.5) * math.sqrt(12),
+        lambda noise, count: noise.gaussian((count,), 1.0) + 0.01,
+        lambda noise, count: noise.gaussian((count // 2,), 1.0).repeat_interleave(2),
+    ],
+    ids=[
+        "half the std",
+        "1/√2 of it",
+        "same at every step",
+        "same in two tensors",
+        "uniform",
+        "shifted",
+        "in pairs",
+    ],
+)
+def test_the_check_rejects_wrong_noise(wrong):
+    noise = NoiseGenerator(device="cpu", insecure_seed=7)
+    with pytest.raises(AssertionError):
+        check_noise(lambda count: wrong(noise, count), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 4)])
+def test_shapes_and_dtype(shape):
+    drawn = NoiseGenerator(device="cpu", insecure_seed=0).gaussian(shape, 2.0)
+    assert drawn.shape == torch.Size(shape)
+    assert drawn.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_is_added_in_place(dtype):
+    total = torch.full((5, 4), 3.0, dtype=dtype)
+    expected = total + NoiseGenerator(device="cpu", insecure_seed=2).gaussian((5, 4), 0.5)
+    returned = NoiseGenerator(device="cpu", insecure_seed=2).add_noise_(total, 0.5)
+    assert returned is total
+    assert torch.equal(total, expected)
+    assert not torch.equal(total, torch.full_like(total, 3.0))
+
+
+def test_zero_std_changes_nothing_and_draws_nothing():
+    noise, twin = (NoiseGenerator(device="cpu", insecure_seed=4) for _ in range(2))
+    total = torch.tensor([1.0, -0.0, math.inf])
+    before = total.clone()
+    noise.add_noise_(total, 0.0)
+    assert torch.equal(total, before)
+    assert torch.equal(noise.gaussian((3,), 0.0), torch.zeros(3))
+    assert torch.equal(noise.gaussian((3,), 1.0), twin.gaussian((3,), 1.0))
+
+
+@pytest.mark.parametrize("std", [-1.0, math.nan, math.inf, 1e38])
+def test_unusable_std_is_refused(std):
+    total = torch.zeros(3)
+    with pytest.raises(ConfigurationError, match="std"):
+        NoiseGenerator(device="cpu").add_noise_(total, std)
+    assert torch.equal(total, torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused(dtype):
+    with pytest.raises(ConfigurationError, match="float32"):
+        NoiseGenerator(device="cpu").add_noise_(torch.zeros(3, dtype=dtype), 1.0)
+
+
+def test_global_seeds_neither_predict_nor_notice():
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(42)
+        np.random.seed(42)
+        before = torch.get_rng_state()
+        drawn.append(NoiseGenerator(device="cpu").gaussian((8,), 1.0))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(drawn[0], drawn[1])
+    torch.manual_seed(42)
+    assert not torch.equal(drawn[1], torch.randn(8))
+
+
+def test_seeds_that_share_their_low_bits_differ():
+    # torch's CPU generator keeps 32 bits of a seed; 2**32 apart would give equal noise.
+    first, second = (
+        NoiseGenerator(device="cpu", insecure_seed=seed).gaussian((8,), 1.0) for seed in (5, 5 + 2**32)
+    )
+    assert not torch.equal(first, second)
+
+
+def test_the_whole_key_is_used(monkeypatch):
+    """256 bits go into the cipher; torch's CPU generator would keep 32 of its seed."""
+    keys = []
+
+    def randbits(bits):
+        keys.append((bits, 1 << (bits - 1 - len(keys))))
+        return keys[-1][1]
+
+    monkeypatch.setattr("dp_trainer.privacy.noise.secrets.randbits", randbits)
+    draws = {tuple(NoiseGenerator(device="cpu").gaussian((4,), 1.0).tolist()) for _ in range(256)}
+    assert {bits for bits, _ in keys} == {256}
+    assert len(draws) == 256
+
+
+def test_values_are_gaussian_in_the_middle_and_in_the_tails():
+    import scipy.stats
+
+    for size in (1_000_000, 65_537):
+        values = NoiseGenerator(device="cpu", insecure_seed=4).gaussian((size,), 1.0).double()
+        assert scipy.stats.kstest(values.numpy(), "norm").pvalue > 1e-3
+        for bound in (1.0, 2.0, 3.0, 4.0):
+            expected = size * 2 * scipy.stats.norm.sf(bound)
+            assert abs(int((values.abs() > bound).sum()) - expected) < 5 * expected**0.5
+        assert values.abs().max() < 6.7
+        # Two values of one pair share a radius and must still be independent.
+        half = (size + 1) // 2 if size < 65_536 else 32_768
+        pairs = torch.stack((values[:half], values[half : 2 * half]))
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 5 / half**0.5
+        assert abs(float(torch.corrcoef(pairs.square())[0, 1])) < 5 / half**0.5
+
+
+@pytest.mark.parametrize("store", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_it_cannot_be_stored(store):
+    with pytest.raises(ConfigurationError, match="replayed or predicted"):
+        store(NoiseGenerator(device="cpu"))
+    with pytest.raises(TypeError):
+        json.dumps(NoiseGenerator(device="cpu"))
+
+
+def test_it_says_how_secret_it_is_but_not_the_key():
+    secure, fixed = NoiseGenerator(device="cpu"), NoiseGenerator(device="cpu", insecure_seed=1234567)
+    assert secure.is_secure
+    assert not fixed.is_secure
+    assert "INSECURE" in fixed.describe()
+    assert "INSECURE" not in secure.describe()
+    assert "1234567" not in repr(fixed) + fixed.describe()
+    assert repr(secure) == "NoiseGenerator(device='cpu', is_secure=True)"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_on_the_gpu():
+    noise = NoiseGenerator(device="cuda")
+    check_noise(lambda count: noise.gaussian((count,), 3.0), 3.0)
+    torch.manual_seed(42)
+    before = torch.cuda.get_rng_state()
+    noise.add_noise_(torch.zeros(10, device="cuda"), 1.0)
+    assert torch.equal(torch.cuda.get_rng_state(), before)

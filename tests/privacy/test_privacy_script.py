@@ -1,0 +1,105 @@
+"""``scripts/privacy.py`` answers before a run, without loading any model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "privacy.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("privacy_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FULL = ["--dataset-size", "500", "--sampling", "full_batch", "--delta", "1e-5"]
+POISSON = ["--dataset-size", "2000", "--expected-batch-size", "100", "--delta", "1e-5"]
+
+
+def report(script, capsys, *words):
+    assert script.main([*words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_epsilon_of_a_sampled_run(script, capsys):
+    found = report(script, capsys, "epsilon", *POISSON, "--epochs", "1.5", "--noise-multiplier", "1.0")
+    assert (found["steps"], found["batch_cap"], found["sampling_probability"]) == (30, 160, 0.05)
+    losses = found["epsilon"]
+    assert losses["pld"] < losses["rdp"]
+    assert losses["prv"] == pytest.approx(losses["pld"], rel=0.05)
+    assert list(found["true_positive_rate_bounds"]) == ["0.001", "0.01", "0.1"]
+
+
+def test_noise_for_full_batches_and_back(script, capsys):
+    noise = report(script, capsys, "noise", *FULL, "--steps", "40", "--target-epsilon", "3")[
+        "noise_multiplier"
+    ]
+    found = report(script, capsys, "epsilon", *FULL, "--steps", "40", "--noise-multiplier", str(noise))
+    assert found["epsilon"]["closed_form"] == pytest.approx(3.0, rel=1e-6)
+    assert found["epsilon"]["rdp"] > 3.0
+
+
+def test_text(script, capsys):
+    assert script.main(["noise", *FULL, "--steps", "40", "--target-epsilon", "3"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("noise multiplier", "full_batch", "CLOSED FORM", "RDP", "best attack", "0.1%", "10.0%"):
+        assert part in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["epsilon", *FULL, "--steps", "4"],
+        ["epsilon", *FULL, "--steps", "4", "--noise-multiplier", "1", "--sigma", "2"],
+        ["epsilon", *FULL, "--steps", "4", "--noise-mult", "1"],
+        ["epsilon", *FULL, "--steps", "4", "--epochs", "1", "--noise-multiplier", "1"],
+        ["epsilon", *FULL, "--noise-multiplier", "1"],
+        ["noise", *FULL, "--steps", "4", "--target-epsilon", "3", "--sampling", "shuffle"],
+    ],
+    ids=" ".join,
+)
+def test_unknown_and_missing_flags_are_refused(script, capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(words)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epsilon", *FULL, "--steps", "0", "--noise-multiplier", "1"], "positive"),
+        (["epsilon", *FULL, "--steps", "4", "--noise-multiplier", "-1"], "noise_multiplier"),
+        (["epsilon", *FULL, "--epochs", "-1", "--noise-multiplier", "1"], "--epochs"),
+        (["noise", *FULL, "--steps", "4", "--target-epsilon", "0"], "target_epsilon"),
+        (
+            ["noise", *FULL, "--steps", "4", "--target-epsilon", "3", "--expected-batch-size", "5"],
+            "does not fit",
+        ),
+        (
+            ["noise", *POISSON[:2], *POISSON[4:], "--steps", "4", "--target-epsilon", "3"],
+            "--expected-batch-size",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_values_are_explained(script, capsys, words, message):
+    assert script.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_it_starts_without_models():
+    code = (
+        f"import runpy, sys; sys.argv = ['privacy.py', 'noise', *{FULL!r}, '--steps', '4', '--target-epsilon', '3']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'opacus'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
