@@ -171,6 +171,14 @@ def sample_lengths(samples: Sequence[Any]) -> list[int | None]:
     ]
 
 
+def spread_by_length(samples: Sequence[Any], count: int) -> list[Any]:
+    """Returns up to ``count`` of the samples, their lengths spread evenly from the shortest to the longest."""
+    lengths = sample_lengths(samples)
+    order = sorted(range(len(samples)), key=lambda index: lengths[index] or 0)
+    count = min(count, len(order))
+    return [samples[order[index * (len(order) - 1) // max(1, count - 1)]] for index in range(count)]
+
+
 def _input_length(sample: Mapping[str, Any]) -> int | None:
     column = next((c for c in _LENGTH_COLUMNS if sample.get(c) is not None), None)
     if column is None:

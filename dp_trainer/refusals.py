@@ -1,11 +1,12 @@
-"""What a Trainer can be set to do that has no private form here: one row a feature.
+"""What a Trainer can be set to do that has no private form here, or only one: a row each.
 
-Each row says when it applies and why it is refused, with the way out. Everything
+Each row of refusals says when it applies and why it is refused, with the way out. Everything
 else of ``TrainingArguments`` is post-processing of the privatized gradient.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from dp_trainer.errors import UnsupportedOperationError
 
+logger = logging.get_logger(__name__)
+
+_FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "gradient_accumulation_steps": (1, "one logical batch is one step; micro-batches are cut inside it"),
+    "max_grad_norm": (0.0, "each sample is clipped already; clipping the sum would shrink signal, not noise"),
+    "average_tokens_across_devices": (False, "each sample's loss is averaged over its own tokens"),
+}
 _STEPPING_IN_BACKWARD = ("lomo", "adalomo")
 
 
@@ -129,6 +138,22 @@ def refuse_unsupported_modules(model: nn.Module) -> None:
         )
 
 
+def refuse_foreign_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raises if the optimizer would step something whose gradient is not privatized.
+
+    Raises:
+        UnsupportedOperationError: For a trainable tensor that is not a parameter of the model.
+    """
+    known = {id(parameter) for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in known and parameter.requires_grad:
+                raise UnsupportedOperationError(
+                    f"The optimizer holds a tensor of shape {tuple(parameter.shape)} that is no parameter of the "
+                    "model, so its gradient would get neither clipping nor noise. Register it in the model."
+                )
+
+
 def refuse_unsupported_optimizer(optimizer: Any) -> None:
     """Raises for optimizers that evaluate the loss again or expect sparse gradients.
 
@@ -141,3 +166,13 @@ def refuse_unsupported_optimizer(optimizer: Any) -> None:
             f"{type(inner).__name__}: it evaluates the loss again or needs sparse gradients, outside the private "
             "release. Use a first-order optimizer such as AdamW or SGD."
         )
+
+
+def with_fixed_arguments(args: TrainingArguments) -> TrainingArguments:
+    """A copy of the arguments with what the mechanism fixes; each change is logged once."""
+    fixed = copy.copy(args)
+    for name, (value, reason) in _FIXED_ARGUMENTS.items():
+        if getattr(fixed, name) != value:
+            logger.warning(f"TrainingArguments.{name}: {getattr(fixed, name)} → {value}: {reason}.")
+            setattr(fixed, name, value)
+    return fixed

@@ -8,7 +8,6 @@ optimizer steps, releases and ``state.global_step`` are the same count.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Sized
@@ -24,9 +23,10 @@ from transformers.utils import logging
 
 from dp_trainer import records
 from dp_trainer.arguments import PrivacyArguments
-from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, sample_lengths
+from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_length
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.gradients.certificate import Certificate, certify
+from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, per_sample_loss_for
 from dp_trainer.privacy.accountant import PrivacyAccountant
@@ -35,9 +35,11 @@ from dp_trainer.privacy.plan import PrivacyPlan, make_plan
 from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, fresh_key
 from dp_trainer.privacy.statement import PrivacyStatement, privacy_statement
 from dp_trainer.refusals import (
+    refuse_foreign_parameters,
     refuse_unsupported_arguments,
     refuse_unsupported_modules,
     refuse_unsupported_optimizer,
+    with_fixed_arguments,
 )
 from dp_trainer.release import release
 
@@ -45,11 +47,8 @@ logger = logging.get_logger(__name__)
 
 # How many of the first samples the certificate chooses its few from.
 _CERTIFICATE_POOL = 64
-_FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
-    "gradient_accumulation_steps": (1, "one logical batch is one step; micro-batches are cut inside it"),
-    "max_grad_norm": (0.0, "each sample is clipped already; clipping the sum would shrink signal, not noise"),
-    "average_tokens_across_devices": (False, "each sample's loss is averaged over its own tokens"),
-}
+# A layout that depends on the data may go wrong later than in the certificate's few samples.
+_STEPS_BETWEEN_LOOKS = 50
 
 
 class DPTrainer(Trainer):  # type: ignore[misc]
@@ -94,6 +93,8 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         privacy: PrivacyArguments,
     ) -> None:
         args = TrainingArguments("tmp_trainer") if args is None else args
+        if privacy.certificate_samples == 0:
+            logger.warning("certificate_samples=0: gradients are not checked against plain autograd.")
         refuse_unsupported_arguments(args)
         refuse_unsupported_optimizer(optimizers[0])
         self.privacy = privacy
@@ -102,7 +103,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         self._new_trial = False
         super().__init__(
             model=model,
-            args=_with_fixed_arguments(args),
+            args=with_fixed_arguments(args),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -116,7 +117,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.certificate: Certificate | None = None
-        self._checked = False
+        self._certified: frozenset[str] | None = None
         self._dropped_samples = 0
         self._noise = NoiseGenerator(device=self.args.device, insecure_seed=privacy.insecure_noise_seed)
         self._accountant: PrivacyAccountant | None = None
@@ -163,10 +164,12 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         stated = self.args.per_device_train_batch_size * self._accumulation
         batch = self.privacy.expected_batch_size or stated
         rows = len(self.train_dataset)
-        drawn = rows if self.privacy.sampling == "full_batch" else batch
+        # A stated public size also decides the number of steps, which would else show the true one.
+        size = self.privacy.dataset_size or rows
         steps = self._steps_wanted
         if steps <= 0:
-            steps = math.ceil(self.args.num_train_epochs * _steps_per_epoch(rows, drawn))
+            drawn = size if self.privacy.sampling == "full_batch" else batch
+            steps = math.ceil(self.args.num_train_epochs * _steps_per_epoch(size, drawn))
         return make_plan(self.privacy, dataset_size=rows, expected_batch_size=batch, steps=steps)
 
     # The Trainer's extension points.
@@ -209,7 +212,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         plan = self.plan
         self.args.max_steps = plan.steps
         dataset, collator = self._training_data()
-        steps = _steps_per_epoch(len(dataset), plan.expected_batch_size)
+        steps = _steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
         rows = len(dataset)
         sampler: Any = FullBatchSampler(dataset_size=rows, steps=steps)
         if plan.sampling == "poisson":
@@ -262,9 +265,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
         module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        if not self._checked:
-            self.certificate = self._certify(module)
-            self._checked = True
+        self._check_before_release(module, inputs)
         # Counted before the optimizer can apply it: a crash may count a step too many, never one too few.
         self.accountant.spend_step()
         report = release(
@@ -287,7 +288,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as ``Trainer``; training lines also say the ε spent so far."""
         if self._accountant is not None and ("loss" in logs or "train_loss" in logs):
-            logs["epsilon"] = round(self.accountant.epsilon, 4)
+            logs["epsilon"] = _rounded_up(self.accountant.epsilon)
             if self._dropped_samples:
                 logs["dropped_samples"] = self._dropped_samples
         super().log(logs, start_time)
@@ -321,9 +322,9 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         # A trial that sets max_steps says so after the last plan wrote its own.
         if self.args.max_steps != self.plan.steps:
             self._steps_wanted = self.args.max_steps
-        self.args = _with_fixed_arguments(self.args)
+        self.args = with_fixed_arguments(self.args)
         self._accountant = PrivacyAccountant(self._make_plan())
-        self._checked = False
+        self._certified = None
 
     def _training_data(self) -> tuple[Any, Any]:
         """The training set, and its collator for the columns that the model takes."""
@@ -345,25 +346,33 @@ class DPTrainer(Trainer):  # type: ignore[misc]
 
         return under_autocast
 
-    def _certify(self, model: nn.Module) -> Certificate | None:
-        """Compares losses and gradients with their slow twins on a few real samples."""
+    def _check_before_release(self, model: nn.Module, logical_batch: LogicalBatch) -> None:
+        """The certificate once for each set of trainable parameters; now and then a look at real micro-batches."""
         if self.privacy.certificate_samples == 0:
-            logger.warning(
-                "certificate_samples=0: gradients are not checked against plain autograd before training."
-            )
-            return None
+            return
+        trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+        fresh = trainable != self._certified
+        if fresh:
+            refuse_foreign_parameters(self.optimizer, model)
+            self.certificate = self._certify(model)
+            self._certified = trainable
+        if self.privacy.strategy == "loop" or not (
+            fresh or self.state.global_step % _STEPS_BETWEEN_LOOKS == 0
+        ):
+            return
+        pieces = logical_batch.micro_batches
+        for index in sorted({0, len(pieces) // 2, len(pieces) - 1} if fresh else {len(pieces) // 2}):
+            if pieces:
+                with repeatable(model):
+                    check_independence(model, self._prepare_inputs(pieces[index]), self._per_sample_loss())
+
+    def _certify(self, model: nn.Module) -> Certificate:
+        """Compares losses and gradients with their slow twins on a few real samples."""
         dataset, collator = self._training_data()
         pool = [dataset[index] for index in range(min(len(dataset), _CERTIFICATE_POOL))]
-        lengths = sample_lengths(pool)
-        # Evenly spread lengths: padding must not change a gradient.
-        order = sorted(range(len(pool)), key=lambda index: lengths[index] or 0)
-        count = min(self.privacy.certificate_samples, len(order))
-        chosen = [pool[order[(index * (len(order) - 1)) // max(1, count - 1)]] for index in range(count)]
-        micro_batch = self._prepare_inputs(
-            LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=count)(chosen).micro_batches[
-                0
-            ]
-        )
+        chosen = spread_by_length(pool, self.privacy.certificate_samples)
+        collate = LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=len(chosen))
+        micro_batch = self._prepare_inputs(collate(chosen).micro_batches[0])
         head_loss = self._head_loss()
         if isinstance(head_loss, HeadLoss):
             with self.compute_loss_context_manager():
@@ -383,11 +392,6 @@ def _steps_per_epoch(rows: int, drawn: int) -> int:
     return max(1, math.ceil(rows / drawn))
 
 
-def _with_fixed_arguments(args: TrainingArguments) -> TrainingArguments:
-    """A copy of the arguments with what the mechanism fixes; each change is logged once."""
-    fixed = copy.copy(args)
-    for name, (value, reason) in _FIXED_ARGUMENTS.items():
-        if getattr(fixed, name) != value:
-            logger.warning(f"TrainingArguments.{name}: {getattr(fixed, name)} → {value}: {reason}.")
-            setattr(fixed, name, value)
-    return fixed
+def _rounded_up(epsilon: float) -> float:
+    """Four decimals for a log line, never less than was spent."""
+    return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else epsilon

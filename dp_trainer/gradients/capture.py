@@ -14,20 +14,19 @@ any trainable parameter shows a use that escaped, which is an error too.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.checkpointing import recomputation_under
-from dp_trainer.gradients.derived import Derived, Link, to_parameters
+from dp_trainer.gradients.derived import Derived, to_parameters
 from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rules import OPERATION_RULES
 from dp_trainer.gradients.rules.base import FormMaker
 
@@ -49,22 +48,6 @@ _QUESTIONS = frozenset(
         *(Tensor.nelement, Tensor.is_same_size, torch.is_tensor, torch.is_floating_point, torch.numel),
     }
 )
-_SAME = frozenset(
-    {
-        *(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type),
-        *(Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda),
-    }
-)
-_ADDING = frozenset(
-    {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__}
-)
-_TRANSPOSING = frozenset(
-    {
-        *(Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))),
-        *(Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.permute, torch.permute),
-    }
-)
-_EXPANDING = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile})
 _OPENING = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 _SETTERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
 
@@ -341,7 +324,7 @@ class CaptureMode(TorchFunctionMode):
         outputs = result if isinstance(result, list | tuple) else (result,)
         for output in outputs:
             if isinstance(output, Tensor) and id(output) not in self._known:
-                self._known[id(output)] = _derived_from(func, args, kwargs, output, rooted)
+                self._known[id(output)] = describe(func, args, kwargs, output, rooted)
         return result
 
     @staticmethod
@@ -354,38 +337,3 @@ class CaptureMode(TorchFunctionMode):
         """A constant that sample data is written into is sample data from here on."""
         target = kwargs.get("out", args[0] if args else None)
         self._known.pop(id(target), None)
-
-
-def _derived_from(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived]) -> Derived:
-    """Describes how ``output`` came from the derived tensors among the arguments."""
-    if not output.requires_grad:
-        return Derived(output, ())
-    roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
-    base = rooted[0] if len(rooted) == 1 else None
-    inherited = any(derived.batch_first for derived in rooted)
-    general = Derived(output, roots, Link.GENERAL, batch_first=inherited)
-    if base is None:
-        return general
-    same_shape = output.shape == base.tensor.shape
-    if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
-        return Derived(output, roots, Link.SAME, base, batch_first=inherited)
-    swapped = output.ndim == 2 and output.shape == base.tensor.shape[::-1]
-    if func in _TRANSPOSING and swapped and output.stride() == base.tensor.stride()[::-1]:
-        return Derived(output, roots, Link.TRANSPOSED, base)
-    if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
-        return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
-    if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
-        first_axis = args[0].ndim > 1
-        if any(kwargs.get(flag) for flag in ("max_norm", "scale_grad_by_freq", "sparse")):
-            return dataclasses.replace(general, batch_first=first_axis)
-        padding = kwargs.get("padding_idx")
-        padding_row = None if padding is None else padding % base.tensor.shape[0]
-        return Derived(
-            output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row, batch_first=first_axis
-        )
-    return general
-
-
-def _only_leading(shape: torch.Size, base: torch.Size) -> bool:
-    """Whether ``shape`` repeats ``base`` along one leading axis and nowhere else."""
-    return shape[1:] == base or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])

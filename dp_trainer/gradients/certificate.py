@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dp_trainer.batches import select, split_micro_batch
 from dp_trainer.errors import CertificateError
+from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
     MicroBatch,
@@ -35,6 +34,10 @@ _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.1, to
 # Norms and sums come from the same tensors, so one contribution may exceed the sensitivity by float32
 # rounding alone, whatever the model's dtype.
 _LARGEST_EXCESS = 1e-4
+# How far weights are moved for the second comparison, relative to their spread.
+_PERTURBATION = 0.02
+# A parameter with less than this share of all contributions is compared as if it had this share.
+_SMALLEST_SHARE = 1e-2
 _PADDED_COLUMNS = {
     "input_ids",
     "attention_mask",
@@ -43,17 +46,6 @@ _PADDED_COLUMNS = {
     "labels",
     "special_tokens_mask",
 }
-_DROPOUTS = frozenset(
-    {
-        F.dropout,
-        F.dropout1d,
-        F.dropout2d,
-        F.dropout3d,
-        F.alpha_dropout,
-        F.feature_alpha_dropout,
-        torch.dropout,
-    }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +57,8 @@ class Certificate:
         strategy: The strategy that was checked.
         clipping_norm: The bound used for comparing sums, near the samples' median norm.
         norm_error: Largest relative difference of a norm from the reference.
-        sum_error: Difference of the clipped sum from the reference, relative to the samples' summed contributions.
+        sum_error: Largest difference of a parameter's clipped sum from the reference, relative to the samples'
+            contributions to that parameter.
         largest_contribution: Largest single contribution over the sensitivity; at most 1 up to rounding.
         tolerance: What norm and sum errors were held against.
     """
@@ -81,7 +74,7 @@ class Certificate:
     @property
     def rounding_margin(self) -> float:
         """The relative amount of extra noise that covers rounding of contributions."""
-        return max(1e-6, 4 * (self.largest_contribution - 1))
+        return max(_LARGEST_EXCESS, 4 * (self.largest_contribution - 1))
 
     def describe(self) -> dict[str, Any]:
         """Returns all fields, for the privacy statement."""
@@ -101,13 +94,14 @@ def certify(
 
     Guarantee: on return, each sample's norm and the clipped sum agree with plain
     autograd on that sample alone, without padding, and no single contribution
-    exceeds the sensitivity; all within the tolerance of the dtype. Dropout is
-    off during the comparison; the model's mode, gradients, buffers and the global
-    generators are left as they were.
+    exceeds the sensitivity; all within the tolerance of the dtype, at the given
+    weights and at weights moved a little; and no recorded gradient holds another
+    sample's. Dropout is off meanwhile. The model's weights, mode, gradients, buffers
+    and the global generators are left as they were.
 
     Args:
         model: The model, in the mode that training will use.
-        micro_batch: A few samples, best of unequal lengths.
+        micro_batch: Two samples or more, best of unequal lengths.
         per_sample_loss: As in ``clipped_gradient_sum``.
         clipping: The run's clipping function.
         strategy: The strategy to check.
@@ -118,43 +112,115 @@ def certify(
         CertificateError: If samples influence each other, a norm or the sum is
             inexact, a buffer is updated from samples, or a contribution is too large.
     """
-    with _repeatable(model):
-        alone = [without_padding(sample) for sample in split_micro_batch(micro_batch)]
-        norms_B = _run(model, alone, per_sample_loss, FlatClipping(1.0), "loop").norms
-        finite = torch.isfinite(norms_B).nonzero().flatten().tolist()
-        if not finite:
-            raise CertificateError(
-                f"All {len(alone)} samples looked at have NaN or infinite gradients. Check the data, the model's "
-                "weights, and bf16 against float32."
-            )
-        micro_batch, alone, norms_B = select(micro_batch, finite), [alone[i] for i in finite], norms_B[finite]
-        count = len(finite)
-        bound = max(float(norms_B.median()), 1e-12)
-        flat = FlatClipping(bound)
-        engine = _run(model, [micro_batch], per_sample_loss, flat, strategy)
-        expected = _run(model, alone, per_sample_loss, flat, "loop")
-        singles = [_run(model, [s], per_sample_loss, clipping, strategy) for s in alone]
-        tolerance = _tolerance(model, computation_dtype)
-        norm_error = float(((engine.norms - norms_B).abs() / norms_B.clamp(min=1e-12)).max())
-        sum_error = _distance(engine.gradients, expected.gradients) / (bound * count)
-        if norm_error > tolerance or sum_error > tolerance:
-            by_itself = torch.cat([_run(model, [s], per_sample_loss, flat, strategy).norms for s in alone])
-            raise _disagreement(engine, expected, by_itself, norms_B, tolerance)
-    largest = max(_length(single.gradients) for single in singles) / clipping.sensitivity
-    if largest > 1 + _LARGEST_EXCESS:
+    alone = [without_padding(sample) for sample in split_micro_batch(micro_batch)]
+    if len(alone) < 2:
+        raise CertificateError(
+            f"{len(alone)} sample is too few to see whether samples influence each other. Take at least 2."
+        )
+    tolerance = _tolerance(model, computation_dtype)
+    settings = (per_sample_loss, clipping, strategy, tolerance)
+    with repeatable(model):
+        given = _compare(model, micro_batch, alone, *settings)
+        # Weights that start at zero hide what lies behind them: an adapter, a new head, a gate.
+        with _perturbed(model):
+            moved = _compare(model, micro_batch, alone, *settings)
+    return dataclasses.replace(
+        given,
+        norm_error=max(given.norm_error, moved.norm_error),
+        sum_error=max(given.sum_error, moved.sum_error),
+        largest_contribution=max(given.largest_contribution, moved.largest_contribution),
+    )
+
+
+def _compare(
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    alone: Sequence[MicroBatch],
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    strategy: str,
+    tolerance: float,
+) -> Certificate:
+    """The comparison at the model's present weights."""
+    norms_B = _run(model, alone, per_sample_loss, FlatClipping(1.0), "loop").norms
+    finite = torch.isfinite(norms_B).nonzero().flatten().tolist()
+    if not finite or not norms_B[finite].any():
+        raise CertificateError(
+            f"All {len(alone)} samples looked at have gradients of {_listed(norms_B)}, so nothing can be compared. "
+            "Check the data, the loss, the trainable parameters, and bf16 against float32."
+        )
+    micro_batch, alone, norms_B = select(micro_batch, finite), [alone[i] for i in finite], norms_B[finite]
+    if strategy != "loop":
+        check_independence(model, micro_batch, per_sample_loss)
+    flat = FlatClipping(max(float(norms_B.median()), 1e-9))
+    engine = _run(model, [micro_batch], per_sample_loss, flat, strategy)
+    worst, sum_error = _sum_error(model, alone, per_sample_loss, flat, engine)
+    norm_error = float(((engine.norms - norms_B).abs() / norms_B.clamp(min=1e-9)).max())
+    # Asked so that NaN does not pass.
+    if not (norm_error <= tolerance and sum_error <= tolerance):
+        by_itself = torch.cat([_run(model, [s], per_sample_loss, flat, strategy).norms for s in alone])
+        raise _disagreement(worst, engine.norms, by_itself, norms_B, tolerance)
+    singles = (_run(model, [s], per_sample_loss, clipping, strategy).gradients for s in alone)
+    largest = max(_length(gradients) for gradients in singles) / clipping.sensitivity
+    if not largest <= 1 + _LARGEST_EXCESS:
         raise CertificateError(
             f"One sample contributes {largest:.5f} times the sensitivity with strategy={strategy!r}. "
             "This breaks the privacy bound: set strategy='loop' and report the model."
         )
     return Certificate(
-        samples=count,
+        samples=len(alone),
         strategy=strategy,
-        clipping_norm=bound,
+        clipping_norm=flat.clipping_norm,
         norm_error=norm_error,
         sum_error=sum_error,
         largest_contribution=largest,
         tolerance=tolerance,
     )
+
+
+def _sum_error(
+    model: nn.Module,
+    alone: Sequence[MicroBatch],
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    engine: ClippedGradientSum,
+) -> tuple[str, float]:
+    """The parameter whose clipped sum is furthest from the reference, and its relative error.
+
+    Relative to the samples' contributions to that parameter, so that a small
+    share of the whole gradient does not hide.
+    """
+    expected = {name: torch.zeros_like(total) for name, total in engine.gradients.items()}
+    sizes = dict.fromkeys(expected, 0.0)
+    for sample in alone:
+        for name, gradient in _run(model, [sample], per_sample_loss, clipping, "loop").gradients.items():
+            expected[name] += gradient
+            sizes[name] += float(gradient.norm())
+    floor = _SMALLEST_SHARE * sum(sizes.values())
+    errors = {
+        name: float((engine.gradients[name] - expected[name]).norm()) / (sizes[name] + floor)
+        for name in expected
+    }
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return worst, errors[worst]
+
+
+@contextlib.contextmanager
+def _perturbed(model: nn.Module) -> Iterator[None]:
+    """While inside, trainable weights are moved a little, the same way each time."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [p.detach().clone() for p in parameters]
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                spread = parameter.float().std(correction=0).to(parameter.dtype)
+                parameter.add_(_PERTURBATION * (spread + _PERTURBATION) * torch.randn_like(parameter))
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, values in zip(parameters, kept, strict=True):
+                parameter.copy_(values)
 
 
 def without_padding(sample: MicroBatch) -> dict[str, Any]:
@@ -188,17 +254,11 @@ def _run(
 
 
 def _disagreement(
-    engine: ClippedGradientSum,
-    expected: ClippedGradientSum,
-    by_itself: Tensor,
-    norms_B: Tensor,
-    tolerance: float,
+    worst: str, together_B: Tensor, by_itself_B: Tensor, norms_B: Tensor, tolerance: float
 ) -> CertificateError:
-    """Tells coupled samples from an inexact rule, and names the parameter that disagrees most."""
-    worst = max(engine.gradients, key=lambda n: float((engine.gradients[n] - expected.gradients[n]).norm()))
-    norms = f"norms {_listed(engine.norms)} together, {_listed(norms_B)} one at a time"
-    exact_alone = float(((by_itself - norms_B).abs() / norms_B.clamp(min=1e-12)).max()) <= tolerance
-    if exact_alone:
+    """Tells coupled samples from an inexact rule."""
+    norms = f"norms {_listed(together_B)} together, {_listed(norms_B)} one at a time"
+    if float(((by_itself_B - norms_B).abs() / norms_B.clamp(min=1e-9)).max()) <= tolerance:
         return CertificateError(
             f"{worst}: a sample's gradient changes with its neighbours in the micro-batch or with its padding "
             f"({norms}). Then clipping one sample does not bound its influence. Usual causes: a loss averaged "
@@ -219,49 +279,6 @@ def _length(gradients: Mapping[str, Tensor]) -> float:
     return float(torch.stack([g.norm().double() for g in gradients.values()]).norm())
 
 
-def _distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    return _length({name: first[name] - second[name] for name in first})
-
-
 def _tolerance(model: nn.Module, computation_dtype: torch.dtype | None) -> float:
     dtypes = {p.dtype for p in model.parameters()} | ({computation_dtype} if computation_dtype else set())
     return max(_TOLERANCES.get(dtype, _TOLERANCES[torch.float32]) for dtype in dtypes)
-
-
-@contextlib.contextmanager
-def _repeatable(model: nn.Module) -> Iterator[None]:
-    """Turns dropout off, isolates the global generators, and holds buffers still."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), _WithoutDropout():
-        yield
-    changed = [name for name, buffer in model.named_buffers() if not _equal(buffer, buffers.get(name))]
-    for name, buffer in model.named_buffers():
-        if name in changed and name in buffers and buffer.shape == buffers[name].shape:
-            with torch.no_grad():
-                buffer.copy_(buffers[name])
-    if changed:
-        raise CertificateError(
-            f"{changed[0]}: this buffer is updated from the samples in the forward pass, without noise, and is "
-            "saved with the model. Replace the layer (GroupNorm or LayerNorm for BatchNorm)."
-        )
-
-
-def _equal(buffer: Tensor, before: Tensor | None) -> bool:
-    return before is not None and buffer.shape == before.shape and torch.equal(buffer, before)
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Runs every dropout function with probability zero."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            kwargs.update(zip(("attn_mask", "dropout_p", "is_causal"), args[3:6], strict=False))
-            kwargs["dropout_p"] = 0.0
-            args = args[:3]
-        return func(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""Recognizes how one torch call made a derived tensor from others.
+
+What is not recognized is ``Link.GENERAL``, which is exact too, only dearer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_trainer.gradients.derived import Derived, Link
+
+_SAME = frozenset(
+    {
+        *(Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type),
+        *(Tensor.contiguous, Tensor.clone, torch.clone, Tensor.cpu, Tensor.cuda),
+    }
+)
+_ADDING = frozenset(
+    {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, torch.sub, Tensor.sub, Tensor.__sub__}
+)
+_TRANSPOSING = frozenset(
+    {
+        *(Tensor.t, torch.t, *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H"))),
+        *(Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.permute, torch.permute),
+    }
+)
+_EXPANDING = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile})
+
+
+def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived]) -> Derived:
+    """Describes how ``output`` came from the derived tensors among the arguments."""
+    if not output.requires_grad:
+        return Derived(output, ())
+    roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
+    base = rooted[0] if len(rooted) == 1 else None
+    inherited = any(derived.batch_first for derived in rooted)
+    general = Derived(output, roots, Link.GENERAL, batch_first=inherited)
+    if base is None:
+        return general
+    same_shape = output.shape == base.tensor.shape
+    if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
+        return Derived(output, roots, Link.SAME, base, batch_first=inherited)
+    swapped = output.ndim == 2 and output.shape == base.tensor.shape[::-1]
+    if func in _TRANSPOSING and swapped and output.stride() == base.tensor.stride()[::-1]:
+        return Derived(output, roots, Link.TRANSPOSED, base)
+    if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
+        return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
+    if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
+        first_axis = args[0].ndim > 1
+        if any(kwargs.get(flag) for flag in ("max_norm", "scale_grad_by_freq", "sparse")):
+            return dataclasses.replace(general, batch_first=first_axis)
+        padding = kwargs.get("padding_idx")
+        padding_row = None if padding is None else padding % base.tensor.shape[0]
+        return Derived(
+            output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row, batch_first=first_axis
+        )
+    return general
+
+
+def _only_leading(shape: torch.Size, base: torch.Size) -> bool:
+    """Whether ``shape`` repeats ``base`` along one leading axis and nowhere else."""
+    return shape[1:] == base or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])
