@@ -318,6 +318,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="steps timed for each contender, at least 2")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--throughput", action="store_true", help="whole runs on real text instead of steps")
+    parser.add_argument("--steps", type=int, default=10, help="with --throughput: optimizer steps of a run")
     parser.add_argument("--gpt2-tokenizer", type=Path, help="with --throughput: folder; runs E2E")
     parser.add_argument("--roberta-tokenizer", type=Path, help="with --throughput: folder; runs SST-2")
     parser.add_argument("--sst2-data", help="with --throughput: SST-2 as a folder or hub name")
@@ -350,6 +351,7 @@ def main() -> None:
             roberta_tokenizer=arguments.roberta_tokenizer,
             sst2_data=arguments.sst2_data,
             rounds=arguments.rounds,
+            steps=arguments.steps,
         )
         (arguments.output / "throughput.json").write_text(json.dumps(report, indent=2))
         return

@@ -2,8 +2,9 @@
 
 Run through ``scripts/benchmark.py --throughput``. Both train the same randomly
 initialised small model for the same number of steps, everything included that
-a run pays for: loading batches, padding, the certificate, the optimizer. The
-plain Trainer pads random batches; it also runs with its own grouping by length.
+a run pays for: loading batches, padding, the optimizer, and the certificate, a
+fixed cost that weighs the less the more steps there are. The plain Trainer pads
+random batches; it also runs with its own grouping by length.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-MICRO_BATCH, ACCUMULATION, STEPS = 16, 4, 4
+MICRO_BATCH, ACCUMULATION = 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,12 @@ CONTENDERS = ("plain", "plain, grouped by length", "dp_trainer")
 
 
 def measure(
-    *, gpt2_tokenizer: Path | None, roberta_tokenizer: Path | None, sst2_data: str | None, rounds: int
+    *,
+    gpt2_tokenizer: Path | None,
+    roberta_tokenizer: Path | None,
+    sst2_data: str | None,
+    rounds: int,
+    steps: int,
 ) -> dict[str, Any]:
     """Runs every task whose data and tokenizer are at hand; prints tables, returns seconds and rates."""
     results = {}
@@ -78,11 +84,11 @@ def measure(
         if folder is None:
             print(f"\n{name}: left out, no tokenizer was given")
             continue
-        results[name] = measure_task(RUNS[name], folder, data, rounds)
+        results[name] = measure_task(RUNS[name], folder, data, rounds, steps)
     return results
 
 
-def measure_task(run: Run, folder: Path, data: str | None, rounds: int) -> dict[str, list[float]]:
+def measure_task(run: Run, folder: Path, data: str | None, rounds: int, steps: int) -> dict[str, list[float]]:
     """Returns each contender's samples a second, one a round, contenders taking turns."""
     from dp_trainer.tasks import find_task
     from dp_trainer.tasks.arguments import DataArguments
@@ -95,10 +101,12 @@ def measure_task(run: Run, folder: Path, data: str | None, rounds: int) -> dict[
     rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for turn in range(rounds):
         for name in CONTENDERS[turn % len(CONTENDERS) :] + CONTENDERS[: turn % len(CONTENDERS)]:
-            seconds = train(name, run.model(tokenizer), split.dataset, task.collator(tokenizer), seed=turn)
-            rates[name].append(MICRO_BATCH * ACCUMULATION * STEPS / seconds)
+            seconds = train(
+                name, run.model(tokenizer), split.dataset, task.collator(tokenizer), steps=steps, seed=turn
+            )
+            rates[name].append(MICRO_BATCH * ACCUMULATION * steps / seconds)
     plain = rates["plain"]
-    print(f"\n### {run.task}: whole run, {STEPS} steps of {MICRO_BATCH} × {ACCUMULATION} samples\n")
+    print(f"\n### {run.task}: whole run, {steps} steps of {MICRO_BATCH} × {ACCUMULATION} samples\n")
     print("| trainer | samples a second, median | against plain |\n| --- | --- | --- |")
     for name, own in rates.items():
         ratio = statistics.median(a / b for a, b in zip(own, plain, strict=True))
@@ -106,7 +114,7 @@ def measure_task(run: Run, folder: Path, data: str | None, rounds: int) -> dict[
     return rates
 
 
-def train(name: str, model: nn.Module, dataset: Any, collator: Any, *, seed: int) -> float:
+def train(name: str, model: nn.Module, dataset: Any, collator: Any, *, steps: int, seed: int) -> float:
     """Trains once; returns the seconds of ``train()``."""
     from dp_trainer import DPTrainer, PrivacyArguments
 
@@ -115,7 +123,7 @@ def train(name: str, model: nn.Module, dataset: Any, collator: Any, *, seed: int
             folder,
             per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=ACCUMULATION,
-            max_steps=STEPS,
+            max_steps=steps,
             train_sampling_strategy="group_by_length" if name == CONTENDERS[1] else "random",
             save_strategy="no",
             report_to="none",
