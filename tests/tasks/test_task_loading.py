@@ -79,7 +79,13 @@ def test_unfit_rows_are_refused(folder, rows, message):
 
 
 @pytest.mark.parametrize(
-    "content", [gzip.compress(b"sentence\tlabel\ngood\t1\n"), b"not gzip", gzip.compress(b"{}" * 99)[:-9]]
+    "content",
+    [gzip.compress(b"sentence\tlabel\ngood\t1\n"), b"not gzip", gzip.compress(b"{}" * 99)[:-9]],
+    ids=[
+        "tab-separated",
+        "not-gzip",
+        "truncated",
+    ],  # gzip writes the time, so contents differ between workers
 )
 def test_files_that_are_not_json_lines_are_refused(folder, content):
     (folder / "train.jsonl.gz").write_bytes(content)
