@@ -70,7 +70,7 @@ def test_prose_is_one_page_and_never_rounds_down(sampled):
         "1e-05",
         "PLD, grid",
         "Rényi",
-        "128-bit key",
+        "AES-256",
         "norm_error 1.25e-07",
         "does not cover",
         "evaluation on the validation set",
