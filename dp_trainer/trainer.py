@@ -25,7 +25,7 @@ from dp_trainer import records
 from dp_trainer.arguments import PrivacyArguments
 from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_length
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
-from dp_trainer.gradients.certificate import Certificate, certify
+from dp_trainer.gradients.certificate import LARGEST_EXCESS, Certificate, certify
 from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, per_sample_loss_for
@@ -275,7 +275,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             plan=self.plan,
             noise=self._noise,
             strategy=self.privacy.strategy,
-            rounding_margin=self.certificate.rounding_margin if self.certificate else 0.0,
+            rounding_margin=self.certificate.rounding_margin if self.certificate else LARGEST_EXCESS,
         )
         if report.dropped_samples:
             self._dropped_samples += report.dropped_samples

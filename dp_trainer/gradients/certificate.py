@@ -33,7 +33,7 @@ from dp_trainer.privacy.clipping import ClippingFunction, FlatClipping
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 # Norms and sums come from the same tensors, so one contribution may exceed the sensitivity by float32
 # rounding alone, whatever the model's dtype.
-_LARGEST_EXCESS = 1e-4
+LARGEST_EXCESS = 1e-4
 # How far weights are moved for the second comparison, relative to their spread.
 _PERTURBATION = 0.02
 # A parameter with less than this share of all contributions is compared as if it had this share.
@@ -74,7 +74,7 @@ class Certificate:
     @property
     def rounding_margin(self) -> float:
         """The relative amount of extra noise that covers rounding of contributions."""
-        return max(_LARGEST_EXCESS, 4 * (self.largest_contribution - 1))
+        return max(LARGEST_EXCESS, 4 * (self.largest_contribution - 1))
 
     def describe(self) -> dict[str, Any]:
         """Returns all fields, for the privacy statement."""
@@ -162,7 +162,7 @@ def _compare(
         raise _disagreement(worst, engine.norms, by_itself, norms_B, tolerance)
     singles = (_run(model, [s], per_sample_loss, clipping, strategy).gradients for s in alone)
     largest = max(_length(gradients) for gradients in singles) / clipping.sensitivity
-    if not largest <= 1 + _LARGEST_EXCESS:
+    if not largest <= 1 + LARGEST_EXCESS:
         raise CertificateError(
             f"One sample contributes {largest:.5f} times the sensitivity with strategy={strategy!r}. "
             "This breaks the privacy bound: set strategy='loop' and report the model."
