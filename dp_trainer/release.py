@@ -68,9 +68,9 @@ def release(
     for name in list(clipped.gradients):
         # Popped, so that the float32 sum is freed as soon as it is written.
         total = clipped.gradients.pop(name)
-        noise.add_noise_(total, noise_std)
-        # A public constant: dividing by the drawn size would break the sensitivity bound.
-        parameters[name].grad = total.div_(plan.divisor).to(parameters[name].dtype)
+        # The divisor is a public constant: dividing by the drawn size would break the sensitivity bound.
+        noise.add_noise_(total, noise_std, divisor=plan.divisor)
+        parameters[name].grad = total.to(parameters[name].dtype)
     kept = torch.isfinite(clipped.norms)
     return ReleaseReport(
         mean_loss=torch.where(kept, clipped.losses, 0.0).sum() / max(1, int(kept.sum())),

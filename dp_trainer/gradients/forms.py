@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -49,6 +49,53 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Measure:
+    """How long one form's gradients are.
+
+    Args:
+        squares_B: ‖gradient‖² up to cancellation, (B,).
+        spreads_B: Σ of the norms of the terms that add up to the gradient, (B,):
+            what cancellation is measured against. Zero where nothing can cancel.
+    """
+
+    squares_B: Tensor
+    spreads_B: Tensor
+
+
+class GramCache:
+    """The Gram matrix of the tensor measured last: query, key and value projections share their input.
+
+    Holds one matrix, so it costs little memory.
+    """
+
+    def __init__(self) -> None:
+        # Kept alive, so that no other tensor can take its memory and be taken for it.
+        self._factor_BTD: Tensor | None = None
+        self._blocks: list[Tensor] = []
+
+    def blocks(self, factor_BTD: Tensor) -> list[Tensor]:
+        """Returns the lower triangle of factor @ factorᵀ in blocks of rows; not to be written to."""
+        if self._factor_BTD is None or not _same_memory(factor_BTD, self._factor_BTD):
+            self._factor_BTD, self._blocks = factor_BTD, list(_gram_blocks(_wide(factor_BTD)))
+        return self._blocks
+
+
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    return (first.data_ptr(), first.shape, first.stride(), first.dtype) == (
+        second.data_ptr(),
+        second.shape,
+        second.stride(),
+        second.dtype,
+    )
+
+
+def _gram_blocks(factor_BTD: Tensor) -> Iterator[Tensor]:
+    for start in range(0, factor_BTD.shape[1], _GRAM_BLOCK):
+        stop = start + _GRAM_BLOCK
+        yield torch.bmm(factor_BTD[:, start:stop], factor_BTD[:, :stop].mT)
+
+
+@dataclass(frozen=True, eq=False)
 class OuterProduct:
     """Sample b's gradient is ``Σ_t left[b, t] ⊗ right[b, t]``, of shape (P, D).
 
@@ -69,24 +116,23 @@ class OuterProduct:
         """Returns the gradients themselves, (B, P, D)."""
         return torch.bmm(_wide(self.left_BTP).mT, _wide(self.right_BTD))
 
-    def spreads(self) -> Tensor:
-        """Returns ``Σ_t ‖left[t]‖ ‖right[t]‖``, (B,): what cancellation is measured against."""
-        left_BT = torch.linalg.vector_norm(_wide(self.left_BTP), dim=2)
-        spreads_B: Tensor = (left_BT * torch.linalg.vector_norm(_wide(self.right_BTD), dim=2)).sum(1)
-        return spreads_B
-
-    def squared_norms(self) -> Tensor:
-        """Returns ‖gradient‖² up to cancellation, (B,), from the Gram matrices of both factors."""
-        if self.left_BTP.shape[1] == 1:
-            return self.spreads().square()
-        left, right = _wide(self.left_BTP), _wide(self.right_BTD)
-        total_B = left.new_zeros(left.shape[0])
-        for start in range(0, left.shape[1], _GRAM_BLOCK):
-            stop = start + _GRAM_BLOCK
-            gram = _gram_product(left[:, start:stop], left[:, :stop], right[:, start:stop], right[:, :stop])
+    def measure(self, grams: GramCache | None = None) -> Measure:
+        """Returns ‖gradient‖² up to cancellation, from the Gram matrices of both factors, and the spread."""
+        left = _wide(self.left_BTP)
+        if left.shape[1] == 1:
+            norms_B = torch.linalg.vector_norm(left[:, 0], dim=1)
+            norms_B = norms_B * torch.linalg.vector_norm(_wide(self.right_BTD)[:, 0], dim=1)
+            return Measure(norms_B.square(), norms_B)
+        squares_B, spreads_B = left.new_zeros(left.shape[0]), left.new_zeros(left.shape[0])
+        grams = GramCache() if grams is None else grams
+        for left_BXS, right_BXS in zip(_gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
+            products_BXS = left_BXS.mul_(right_BXS)
+            start = products_BXS.shape[2] - products_BXS.shape[1]
             # Both Gram matrices are symmetric: what lies left of the diagonal block counts twice.
-            total_B += 2 * gram[:, :, :start].sum((1, 2)) + gram[:, :, start:].sum((1, 2))
-        return total_B
+            squares_B += 2 * products_BXS[:, :, :start].sum((1, 2)) + products_BXS[:, :, start:].sum((1, 2))
+            # On the diagonal stands (‖left[t]‖ ‖right[t]‖)².
+            spreads_B += products_BXS[:, :, start:].diagonal(dim1=1, dim2=2).sqrt().sum(1)
+        return Measure(squares_B, spreads_B)
 
     def select(self, keep_B: Tensor) -> OuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -137,13 +183,8 @@ class RowScatter:
         table.index_add_(0, (self.rows_BT + offsets).flatten(), values.flatten(0, 1))
         return table.view(batch, self.number_of_rows, width)
 
-    def spreads(self) -> Tensor:
-        """Returns ``Σ_t ‖values[t]‖``, (B,)."""
-        spreads_B: Tensor = torch.linalg.vector_norm(_wide(self.values_BTD), dim=2).sum(1)
-        return spreads_B
-
-    def squared_norms(self) -> Tensor:
-        """Returns ‖gradient‖², (B,): values that share a row add before the norm."""
+    def measure(self, _grams: GramCache | None = None) -> Measure:
+        """Returns ‖gradient‖², values that share a row added before the norm, and the spread."""
         values = _wide(self.values_BTD)
         batch, width = values.shape[0], values.shape[2]
         # Numbering the distinct (sample, row) pairs keeps this linear in T, where a Gram matrix is not.
@@ -154,7 +195,8 @@ class RowScatter:
         )
         squares = sums.square().sum(1)
         samples = torch.div(pairs, self.number_of_rows, rounding_mode="floor")
-        return values.new_zeros(batch).index_add_(0, samples, squares)
+        spreads_B = torch.linalg.vector_norm(values, dim=2).sum(1)
+        return Measure(values.new_zeros(batch).index_add_(0, samples, squares), spreads_B)
 
     def select(self, keep_B: Tensor) -> RowScatter:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -183,14 +225,10 @@ class Materialized:
         """Returns the gradients themselves, (B, …)."""
         return _wide(self.gradients_BK)
 
-    def spreads(self) -> Tensor:
-        """Returns zeros, (B,): what is stored is what will be summed, so nothing is left to cancel."""
-        return self._flat().new_zeros(self.gradients_BK.shape[0])
-
-    def squared_norms(self) -> Tensor:
-        """Returns ‖gradient‖², (B,)."""
-        norms: Tensor = torch.linalg.vector_norm(self._flat(), dim=1)
-        return norms.square()
+    def measure(self, _grams: GramCache | None = None) -> Measure:
+        """Returns ‖gradient‖² and no spread: what is stored is what will be summed, so nothing cancels."""
+        norms_B = torch.linalg.vector_norm(self._flat(), dim=1)
+        return Measure(norms_B.square(), torch.zeros_like(norms_B))
 
     def select(self, keep_B: Tensor) -> Materialized:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -221,8 +259,10 @@ def inner_products(first: Form, second: Form) -> Tensor:
         first, second = second, first
     match first, second:
         case OuterProduct(), OuterProduct():
-            parts = (_wide(t) for t in (first.left_BTP, second.left_BTP, first.right_BTD, second.right_BTD))
-            return _gram_product(*parts).sum((1, 2))
+            products_BTS = torch.bmm(_wide(first.left_BTP), _wide(second.left_BTP).mT)
+            return products_BTS.mul_(torch.bmm(_wide(first.right_BTD), _wide(second.right_BTD).mT)).sum(
+                (1, 2)
+            )
         case OuterProduct(), RowScatter():
             # Σ_{t,s} left[t, row of s] · ⟨right[t], value of s⟩
             rows_BTS = second.rows_BT[:, None, :].expand(-1, first.left_BTP.shape[1], -1)
@@ -243,7 +283,7 @@ def inner_products(first: Form, second: Form) -> Tensor:
             return (first.dense() * second.dense()).reshape(first.dense().shape[0], -1).sum(1)
 
 
-def sum_squared_norms(forms: Sequence[Form]) -> Tensor:
+def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> Tensor:
     """Returns ‖Σ of all forms‖² of one parameter per sample, (B,), rounded up.
 
     A shared parameter's gradients add up before the norm, so every pair of uses
@@ -251,11 +291,16 @@ def sum_squared_norms(forms: Sequence[Form]) -> Tensor:
 
     Guarantee: at least the squared norm of what ``weighted_sum`` adds for a
     factor of one, rounding included. NaN stays NaN.
+
+    Args:
+        forms: The parameter's uses.
+        grams: Gram matrices that may serve again.
     """
-    total_B = sum((form.squared_norms() for form in forms[1:]), start=forms[0].squared_norms())
+    measures = [form.measure(grams) for form in forms]
+    total_B = functools.reduce(torch.add, (measure.squares_B for measure in measures))
+    spread_B = functools.reduce(torch.add, (measure.spreads_B for measure in measures))
     for first, second in itertools.combinations(forms, 2):
         total_B = total_B + 2 * inner_products(first, second)
-    spread_B = sum((form.spreads() for form in forms[1:]), start=forms[0].spreads())
     unit = torch.finfo(total_B.dtype).eps
     squared_spread_B = spread_B.square()
     bounds_B = total_B.clamp(min=0) + _ROUNDING * unit * squared_spread_B
@@ -269,11 +314,6 @@ def sum_squared_norms(forms: Sequence[Form]) -> Tensor:
 def sum_dense(forms: Sequence[Form]) -> Tensor:
     """Returns the gradients of one parameter, all uses added up, (B, …)."""
     return functools.reduce(torch.add, (form.dense() for form in forms))
-
-
-def _gram_product(left_t: Tensor, left_s: Tensor, right_t: Tensor, right_s: Tensor) -> Tensor:
-    """Returns (left_t left_sᵀ) ∘ (right_t right_sᵀ), (B, T, S)."""
-    return torch.bmm(left_t, left_s.mT).mul_(torch.bmm(right_t, right_s.mT))
 
 
 def _zero_dropped(tensor: Tensor, keep_B: Tensor) -> Tensor:

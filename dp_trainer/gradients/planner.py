@@ -14,7 +14,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, sum_dense, sum_squared_norms
+from dp_trainer.gradients.forms import (
+    Form,
+    GramCache,
+    Materialized,
+    OuterProduct,
+    sum_dense,
+    sum_squared_norms,
+)
 
 # What touching one element of a built gradient costs, in multiplications of a matrix product: it is written
 # once and read twice. Measured on two CPUs: building wins from T ≈ 180 at P = D = 768.
@@ -23,16 +30,17 @@ _COST_OF_AN_ELEMENT = 84
 _LARGEST_KEPT = 256 * 2**20
 
 
-def squared_norms(forms: Sequence[Form]) -> tuple[Tensor, list[Form]]:
+def squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> tuple[Tensor, list[Form]]:
     """Returns one parameter's squared norms (B,) and the forms to use for its weighted sum.
 
     Args:
         forms: All uses of the parameter in one micro-batch.
+        grams: Gram matrices that may serve again.
     """
     if _should_build(forms):
         built = Materialized(sum_dense(forms))
-        return built.squared_norms(), [built]
-    return sum_squared_norms(forms), list(forms)
+        return built.measure().squares_B, [built]
+    return sum_squared_norms(forms, grams), list(forms)
 
 
 def _should_build(forms: Sequence[Form]) -> bool:

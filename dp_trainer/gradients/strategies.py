@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dp_trainer.batches import micro_batch_size, sample_of
 from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.capture import capture
-from dp_trainer.gradients.forms import Form, accumulation_dtype
+from dp_trainer.gradients.forms import Form, GramCache, accumulation_dtype
 from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 
@@ -154,8 +154,9 @@ def _add_clipped(
 ) -> tuple[Tensor, Tensor]:
     """Adds one micro-batch's clipped sum to the totals; returns norms and factors, (B,)."""
     squares_B = torch.zeros_like(losses_B, dtype=accumulation_dtype(losses_B))
+    grams = GramCache()
     for name, forms in forms_by_name.items():
-        square_B, forms_by_name[name] = squared_norms(forms)
+        square_B, forms_by_name[name] = squared_norms(forms, grams)
         if square_B.shape != squares_B.shape:
             raise UnsupportedOperationError(
                 f"{name}: its gradient has {square_B.shape[0]} samples instead of {squares_B.shape[0]}. Freeze it "

@@ -28,34 +28,50 @@ from dp_trainer.privacy.sampling import insecure_key, refuse_to_store
 
 _DEVICE_KEY_BITS = 64
 _CIPHER_KEY_BITS = 256
-# Values made at a time: their buffers stay in the cache.
-_CHUNK = 2**16
+# Values made at a time: their buffers stay in the cache, and the calls on them cost little.
+_CHUNK = 2**17
 
 
 class _Keystream:
-    """Standard Gaussian numbers from AES-256 in counter mode, on the CPU.
+    """Gaussian numbers from AES-256 in counter mode, on the CPU.
 
-    Each pair takes two 31-bit numbers of the keystream, so values reach to ±6.6;
-    beyond lies a probability of 5e-11.
+    Each pair takes two 31-bit numbers of the keystream, so values reach to ±6.6
+    standard deviations; beyond lies a probability of 5e-11.
     """
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
         self._zeros = bytes(4 * _CHUNK)
+        # Made once: fresh buffers of this size would be paged in anew at every chunk.
+        self._stream = bytearray(4 * _CHUNK)
+        self._bits = torch.frombuffer(self._stream, dtype=torch.int32)
+        self._numbers = torch.empty(_CHUNK, dtype=torch.float32)
+        self._cosines = torch.empty(_CHUNK // 2, dtype=torch.float32)
 
-    def fill_(self, values: Tensor) -> None:
-        """Overwrites a contiguous float32 tensor of one axis with fresh numbers."""
+    def add_to_(self, values: Tensor, std: float, divisor: float) -> None:
+        """Adds fresh noise to a contiguous floating-point tensor of one axis, then divides."""
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
-            count = len(chunk)
-            half = (count + 1) // 2
-            # A fresh buffer each time, since the tensors below share its memory.
-            stream = bytearray(self._cipher.update(self._zeros[: 8 * half]))
-            bits = torch.frombuffer(stream, dtype=torch.int32).bitwise_and_(2**31 - 1).float()
-            radius = bits[:half].add_(1).mul_(2.0**-31).clamp_(max=1).log_().mul_(-2).sqrt_()
-            angle = bits[half:].mul_(2 * math.pi * 2.0**-31)
-            chunk[:half] = angle.cos().mul_(radius)
-            chunk[half:] = angle.sin_().mul_(radius)[: count - half]
+            self._add_chunk_(chunk, std)
+            # Here, where the chunk is in the cache.
+            if divisor != 1:
+                chunk.div_(divisor)
+
+    def _add_chunk_(self, values: Tensor, std: float) -> None:
+        """Adds noise to at most ``_CHUNK`` values by the Box-Muller transform."""
+        half = (len(values) + 1) // 2
+        self._cipher.update_into(self._zeros[: 8 * half], self._stream)
+        bits, numbers = self._bits[: 2 * half], self._numbers[: 2 * half]
+        # The radius takes 31 bits without the sign, the angle takes the sign too.
+        bits[:half].bitwise_and_(2**31 - 1)
+        numbers.copy_(bits)
+        # Rounding included, this lies in [2⁻³¹, 1], so the logarithm is finite.
+        radius = numbers[:half].add_(1).mul_(2.0**-31).log_().mul_(-2).sqrt_()
+        angle = numbers[half:].mul_(math.pi * 2.0**-31)
+        cosine = torch.cos(angle, out=self._cosines[:half])
+        values[:half].addcmul_(cosine, radius, value=std)
+        rest = len(values) - half
+        values[half:].addcmul_(angle.sin_()[:rest], radius[:rest], value=std)
 
 
 class NoiseGenerator:
@@ -125,16 +141,17 @@ class NoiseGenerator:
         _check_std(std)
         if std == 0.0:
             return torch.zeros(tuple(shape), dtype=torch.float32, device=self.device)
-        values = torch.empty(tuple(shape), dtype=torch.float32, device=self.device)
-        self._fill_(values.view(-1))
-        return values.mul_(std)
+        values = torch.zeros(tuple(shape), dtype=torch.float32, device=self.device)
+        self._add_to_(values.view(-1), std, 1)
+        return values
 
-    def add_noise_(self, tensor: Tensor, std: float) -> Tensor:
-        """Adds fresh noise in place and returns the tensor.
+    def add_noise_(self, tensor: Tensor, std: float, *, divisor: float = 1) -> Tensor:
+        """Turns a sum into ``(sum + noise) / divisor`` in place, in one pass, and returns the tensor.
 
         Args:
             tensor: A float32 or float64 sum on ``device``; noise added in half precision would be rounded away.
-            std: Standard deviation of each entry, in the tensor's units. 0 changes nothing.
+            std: Standard deviation of each entry, in the tensor's units. 0 adds nothing.
+            divisor: A public constant.
 
         Raises:
             ConfigurationError: If the tensor's dtype or device differ, or ``std`` is not usable.
@@ -146,23 +163,18 @@ class NoiseGenerator:
             )
         _check_std(std)
         if std == 0.0:
-            return tensor
+            return tensor if divisor == 1 else tensor.div_(divisor)
         if not tensor.is_contiguous():
-            return tensor.add_(self.gaussian(tensor.shape, std))
-        flat = tensor.view(-1)
-        size = _CHUNK if self._keystream is not None else max(1, len(flat))
-        noise = torch.empty(min(size, len(flat)), dtype=torch.float32, device=self.device)
-        for start in range(0, len(flat), size):
-            part = flat[start : start + size]
-            self._fill_(noise[: len(part)])
-            part.add_(noise[: len(part)], alpha=std)
+            return tensor.add_(self.gaussian(tensor.shape, std)).div_(divisor)
+        self._add_to_(tensor.view(-1), std, divisor)
         return tensor
 
-    def _fill_(self, values: Tensor) -> None:
+    def _add_to_(self, values: Tensor, std: float, divisor: float) -> None:
         if self._keystream is not None:
-            self._keystream.fill_(values)
+            self._keystream.add_to_(values, std, divisor)
         else:
-            values.normal_(generator=self._torch)
+            noise = torch.empty(values.shape, dtype=torch.float32, device=self.device)
+            values.add_(noise.normal_(generator=self._torch), alpha=std).div_(divisor)
 
     def __repr__(self) -> str:
         return f"NoiseGenerator(device='{self.device}', is_secure={self._secure})"

@@ -56,7 +56,12 @@ def _drop_cross_terms(monkeypatch):
 
 def _halve_norms(monkeypatch):
     plain = strategies.squared_norms
-    monkeypatch.setattr(strategies, "squared_norms", lambda uses: (plain(uses)[0] * 0.25, plain(uses)[1]))
+
+    def halved(uses, grams):
+        squares, kept = plain(uses, grams)
+        return squares * 0.25, kept
+
+    monkeypatch.setattr(strategies, "squared_norms", halved)
 
 
 def _no_clipping(monkeypatch):

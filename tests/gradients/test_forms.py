@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 
+from dp_trainer.gradients import forms as forms_module
 from dp_trainer.gradients import planner
 from dp_trainer.gradients.forms import (
+    GramCache,
     Materialized,
     OuterProduct,
     RowScatter,
@@ -41,7 +43,7 @@ def test_norm_and_weighted_sum(name):
     form, factors = _forms()[name], torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
     dense = form.dense()
     assert form.shape == dense.shape[1:]
-    torch.testing.assert_close(form.squared_norms(), dense.flatten(1).square().sum(1))
+    torch.testing.assert_close(form.measure().squares_B, dense.flatten(1).square().sum(1))
     expected = torch.einsum("b,bpd->pd", factors, dense)
     torch.testing.assert_close(form.weighted_sum(factors, None), expected)
     total = _normal(P, D)
@@ -77,10 +79,41 @@ def test_both_ways_to_a_norm_agree(names, limit, monkeypatch):
     torch.testing.assert_close(total, torch.einsum("b,bpd->pd", factors, dense))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gram_matrix_serves_again_only_for_the_same_tensor(dtype):
+    """Narrow tensors are widened into memory that is freed and given out again."""
+    shared, other = _normal(B, T, D).to(dtype), _normal(B, T, D).to(dtype)
+    rights = [shared, shared.detach().view(B, T, D), other, shared[:, : T // 2], other.clone(), shared]
+    forms = [OuterProduct(_normal(B, r.shape[1], P).to(dtype), r) for r in rights]
+    grams = GramCache()
+    for form in forms:
+        measured, alone = form.measure(grams), form.measure()
+        torch.testing.assert_close(measured.squares_B, alone.squares_B, rtol=0, atol=0)
+        torch.testing.assert_close(measured.spreads_B, alone.spreads_B, rtol=0, atol=0)
+
+
+def test_a_projections_input_is_measured_once(monkeypatch):
+    made = []
+    plain = forms_module._gram_blocks
+    monkeypatch.setattr(forms_module, "_gram_blocks", lambda f: made.append(f) or plain(f))
+    shared, grams = _normal(B, T, D), GramCache()
+    for _ in range(3):
+        OuterProduct(_normal(B, T, P), shared.detach()).measure(grams)
+    assert len(made) == 3 + 1
+
+
+@pytest.mark.parametrize("name", [name for name in _forms() if name != "stored"])
+def test_the_spread_is_the_sum_of_the_terms_norms(name):
+    form = _forms()[name]
+    norms = form.values_BTD.norm(dim=2) if name.startswith("rows") else None
+    norms = form.left_BTP.norm(dim=2) * form.right_BTD.norm(dim=2) if norms is None else norms
+    torch.testing.assert_close(form.measure().spreads_B, norms.sum(1))
+
+
 def test_cross_terms_matter():
     """The check above would catch a dropped cross term."""
     forms = [_forms()["outer"], _forms()["rows"]]
-    without = sum(form.squared_norms() for form in forms)
+    without = sum(form.measure().squares_B for form in forms)
     assert ((without / sum_squared_norms(forms) - 1).abs() > 1e-3).any()
 
 
@@ -92,8 +125,8 @@ def test_a_dropped_sample_leaves_no_trace(name, poison):
     for tensor in vars(form).values():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             tensor[1] = poison
-    assert not torch.isfinite(form.squared_norms()[1])
-    assert torch.isfinite(form.squared_norms()[[0, 2]]).all()
+    assert not torch.isfinite(form.measure().squares_B[1])
+    assert torch.isfinite(form.measure().squares_B[[0, 2]]).all()
     kept = form.select(torch.tensor([True, False, True]))
     summed = kept.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
     torch.testing.assert_close(summed, clean)
@@ -104,7 +137,7 @@ def test_norms_of_narrow_tensors_are_accumulated_in_float32(dtype):
     """In float16 these squares underflow to zero, which would mean no clipping at all."""
     left, right = torch.full((1, 4, 64), 1e-4, dtype=dtype), torch.full((1, 4, 64), 1e-4, dtype=dtype)
     form = OuterProduct(left, right)
-    squares = form.squared_norms()
+    squares = form.measure().squares_B
     assert squares.dtype == torch.float32
     expected = OuterProduct(left.double(), right.double()).dense().square().sum()
     torch.testing.assert_close(squares.double(), expected[None], rtol=1e-5, atol=0)

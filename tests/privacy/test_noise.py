@@ -75,13 +75,18 @@ def test_shapes_and_dtype(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_noise_is_added_in_place(dtype):
+@pytest.mark.parametrize("divisor", [1, 64])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("std", [0.0, 0.5])
+def test_noise_is_added_in_place_and_divided(dtype, divisor, contiguous, std):
     total = torch.full((5, 4), 3.0, dtype=dtype)
-    expected = total + NoiseGenerator(device="cpu", insecure_seed=2).gaussian((5, 4), 0.5)
-    returned = NoiseGenerator(device="cpu", insecure_seed=2).add_noise_(total, 0.5)
+    total = total if contiguous else total.T
+    noise = NoiseGenerator(device="cpu", insecure_seed=2).gaussian(total.shape, std)
+    expected = (total + noise) / divisor
+    returned = NoiseGenerator(device="cpu", insecure_seed=2).add_noise_(total, std, divisor=divisor)
     assert returned is total
-    assert torch.equal(total, expected)
-    assert not torch.equal(total, torch.full_like(total, 3.0))
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    assert (std == 0) == torch.equal(total, torch.full_like(total, 3.0 / divisor))
 
 
 def test_zero_std_changes_nothing_and_draws_nothing():
