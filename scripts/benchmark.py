@@ -353,7 +353,7 @@ def main() -> None:
             rounds=arguments.rounds,
             steps=arguments.steps,
         )
-        (arguments.output / "throughput.json").write_text(json.dumps(report, indent=2))
+        (arguments.output / "throughput.json").write_text(json.dumps(report, indent=2, default=vars))
         return
     contenders = list(arguments.contenders)
     if not find_spec("opacus"):
