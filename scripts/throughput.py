@@ -23,7 +23,7 @@ import transformers
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-MICRO_BATCH, ACCUMULATION = 16, 32
+MICRO_BATCH, ACCUMULATION = 16, 16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,12 @@ LINES = 400
 # specific pattern of a module decides, and a module without one fails the test: place it here first.
 NUMBERS = ("errors", "privacy.*")
 SAMPLES = ("errors", "heads", "losses", "batches")
-RULES = ("errors", "gradients.forms", "gradients.derived", "gradients.rules.*")
-CAPTURE = (*RULES, "gradients.links", "gradients.capture", "gradients.checkpointing")
+FORMS = ("errors", "gradients.measures", "gradients.slots", "gradients.forms")
+RULES = (*FORMS, "gradients.derived", "gradients.rules.*")
+CAPTURE = (
+    *(*RULES, "gradients.rows", "gradients.calls", "gradients.links"),
+    *("gradients.capture", "gradients.checkpointing"),
+)
 ENGINE = (*CAPTURE, *SAMPLES, "gradients.*", "privacy.clipping")
 RELEASE = (*ENGINE, *NUMBERS, "release", "distributed")
 TRAINER = (*RELEASE, "arguments", "records", "refusals", "trainer")
@@ -34,11 +38,15 @@ MAY_IMPORT = {
     "losses": ("errors", "heads"),
     "batches": ("errors",),
     "gradients": (),
-    "gradients.forms": ("errors",),
-    "gradients.derived": ("errors", "gradients.forms"),
+    "gradients.measures": ("errors",),
+    "gradients.slots": ("errors", "gradients.measures"),
+    "gradients.forms": FORMS,
+    "gradients.rows": ("errors",),
+    "gradients.derived": FORMS,
     "gradients.rules": RULES,
     "gradients.rules.*": RULES,
-    "gradients.links": ("errors", "gradients.forms", "gradients.derived"),
+    "gradients.links": (*FORMS, "gradients.derived"),
+    "gradients.calls": (*RULES, "gradients.rows"),
     "gradients.capture": CAPTURE,
     "gradients.checkpointing": CAPTURE,
     "gradients.planner": ENGINE,

@@ -14,21 +14,23 @@ any trainable parameter shows a use that escaped, which is an error too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from dp_trainer.errors import UnsupportedOperationError
+from dp_trainer.gradients.calls import CapturedCall, refusal
 from dp_trainer.gradients.checkpointing import recomputation_under
 from dp_trainer.gradients.derived import Derived, to_parameters
 from dp_trainer.gradients.forms import Form, Materialized
 from dp_trainer.gradients.links import describe
+from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
-from dp_trainer.gradients.rules.base import FormMaker
+from dp_trainer.gradients.slots import SlottedOuterProduct, join
 
 # What asks a tensor about itself: most calls in a forward pass, and none holds values.
 _QUESTIONS = frozenset(
@@ -90,9 +92,10 @@ class Tape:
         self._records.append(_Record(derived, form, aligned))
 
     def resolve(self) -> None:
-        """Carries all records back to parameters. Stored gradients of one parameter are added up."""
+        """Carries all records back to parameters; joins the uses of one parameter where that costs less."""
         records, self._records = self._records, []
         stored: dict[str, Tensor] = {}
+        slotted: dict[str, list[SlottedOuterProduct]] = {}
         for record in records:
             for name, form in to_parameters(
                 record.derived, record.form, aligned=record.aligned, parameters=self.parameters
@@ -100,8 +103,12 @@ class Tape:
                 if isinstance(form, Materialized):
                     gradients = form.dense()
                     stored[name] = stored[name] + gradients if name in stored else gradients
+                elif isinstance(form, SlottedOuterProduct):
+                    slotted.setdefault(name, []).append(form)
                 else:
                     self._forms.setdefault(name, []).append(form)
+        for name, uses in slotted.items():
+            self._forms.setdefault(name, []).append(join(uses))
         for name, gradients in stored.items():
             self._forms.setdefault(name, []).append(Materialized(gradients))
 
@@ -159,7 +166,7 @@ def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
 
 
 class CaptureMode(TorchFunctionMode):
-    """The function mode behind ``capture``; it implements ``rules.base.Call``."""
+    """The function mode behind ``capture``; it implements ``calls.Recorder``."""
 
     def __init__(self, model: nn.Module, tape: Tape) -> None:
         super().__init__()
@@ -175,8 +182,7 @@ class CaptureMode(TorchFunctionMode):
         # Sample data that the model itself made a leaf, as for checkpointing over frozen embeddings.
         self._opened: dict[int, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
-        self._function: Callable[..., Any] = torch.add
-        self._rooted: list[Derived] = []
+        self._rows = RowFollower(self.batch_size)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -186,112 +192,51 @@ class CaptureMode(TorchFunctionMode):
         if func in _QUESTIONS:
             return func(*args, **kwargs)
         rooted: list[Derived] = []
-        self._function, self._rooted = func, rooted
-        has_data = self._sort(args, rooted) | self._sort(kwargs.values(), rooted)
+        has_data = self._sort(func, args, rooted) | self._sort(func, kwargs.values(), rooted)
         if func is torch.autograd.grad:
-            self.refuse("gradients taken inside the model have no per-sample form")
+            raise refusal(func, rooted, "gradients taken inside the model have no per-sample form")
         if not has_data:
             return self._run_derived(func, args, kwargs, rooted)
-        if not rooted:
-            if func in _OPENING:
+        if not rooted or not torch.is_grad_enabled():
+            if not rooted and func in _OPENING:
                 self._opened[id(args[0])] = args[0]
-            if self._writes(func, kwargs):
+            if not rooted and self._writes(func, kwargs):
                 self._forget_target(args, kwargs)
-            return func(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        rule = OPERATION_RULES.get(func)
-        if rule is None:
-            self.refuse("no rule for this operation")
-        return rule(self, *args, **kwargs)
+            result = func(*args, **kwargs)
+        else:
+            rule = OPERATION_RULES.get(func)
+            if rule is None:
+                raise refusal(func, rooted, "no rule for this operation")
+            rows = self._rows.layout(self._data((*args, *kwargs.values())))
+            result = rule(CapturedCall(self, func, self._known, rooted, rows), *args, **kwargs)
+        self._rows.follow(func, args, kwargs, result)
+        return result
 
     def forget(self) -> None:
         """Drops every tensor that the mode keeps alive."""
         self._known.clear()
         self._opened.clear()
-        self._rooted = []
+        self._rows = RowFollower(self.batch_size)
 
-    # What a rule may ask.
+    # What a call asks of the capture.
 
-    def is_tracked(self, value: object) -> bool:
-        """Whether the value is a trainable parameter or derived from one."""
-        entry = self._known.get(id(value))
-        return entry is not None and bool(entry.roots)
+    def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
+        """Adds one use of a parameter or of a tensor derived from some."""
+        self._tape.record(derived, form, aligned=aligned)
 
-    def value(self, argument: Any) -> Any:
-        """The argument without its autograd link to parameters; anything else unchanged."""
-        return argument.detach() if self.is_tracked(argument) else argument
-
-    def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
-        """Records each use's form when the gradient of ``output`` arrives; returns the output."""
-        tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
-        if not output.requires_grad:
-            output = _Rooted.apply(self._anchor, [output])  # type: ignore[no-untyped-call]
-
-        def record(grad: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                for derived, maker in tracked:
-                    self._tape.record(derived, maker(grad.detach()))
-
-        output.register_hook(record)  # type: ignore[no-untyped-call]
-        return output
-
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        """The detached tensor as (B, T, last axis); its first axis must be sample-major."""
-        rows = tensor.shape[0] if tensor.ndim > 1 else -1
-        if rows < 0 or rows % self.batch_size:
-            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
-        positions = tensor.numel() // max(1, self.batch_size * tensor.shape[-1])
-        return tensor.detach().reshape(self.batch_size, positions, tensor.shape[-1])
-
-    def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""
-        derived, rows, axes = self._known[id(tensor)], shape[0] if shape else 0, len(shape)
-        aligned = derived.batch_first and tensor.ndim == axes and tensor.shape[0] == rows != 1
-        spreadable = tensor.ndim < axes or (tensor.ndim == axes and tensor.shape[0] == 1)
-        if not rows or rows % self.batch_size or not (aligned or spreadable):
-            self.refuse(
-                f"parameters of shape {tuple(tensor.shape)} meet data of shape {tuple(shape)}, "
-                f"whose first axis does not run over the {self.batch_size} samples"
-            )
-        inner = tensor.shape if tensor.ndim < axes else tensor.shape[1:]
-        if aligned:
-            copy = tensor.detach()
-        else:
-            copy = (
-                tensor.detach()
-                .reshape(1, *[1] * (axes - 1 - len(inner)), *inner)
-                .expand(rows, *[-1] * (axes - 1))
-            )
-
-        def record(grad: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                grad_BRK = grad.detach().reshape(self.batch_size, rows // self.batch_size, *grad.shape[1:])
-                gradients = grad_BRK if aligned else grad_BRK.sum(1).reshape(self.batch_size, *tensor.shape)
-                self._tape.record(derived, Materialized(gradients), aligned=aligned)
-
-        if not copy.is_floating_point():
-            self.refuse(f"its argument is of type {copy.dtype}")
-        copy.requires_grad_().register_hook(record)  # type: ignore[no-untyped-call]
-        return copy
-
-    def derive(self, function: Callable[..., Any], *args: Any) -> Any:
+    def derive(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Runs a function of parameters and constants; its result stays tracked."""
         rooted: list[Derived] = []
-        self._sort(args, rooted)
+        self._sort(function, args, rooted)
         return self._run_derived(function, args, {}, rooted)
 
-    def refuse(self, reason: str) -> NoReturn:
-        """Raises ``UnsupportedOperationError`` for the call at hand."""
-        roots = list(dict.fromkeys(name for derived in self._rooted for name in derived.roots))
-        raise UnsupportedOperationError(
-            f"{', '.join(roots[:3]) or 'the model'}: {resolve_name(self._function) or self._function} uses this "
-            f"trainable parameter, but {reason}. Freeze it, add a rule with @operation_rule, or set strategy='loop'."
-        )
+    def anchored(self, output: Tensor) -> Tensor:
+        """Gives an output that needs no gradient a place in the graph, so that its gradient arrives."""
+        return _Rooted.apply(self._anchor, [output])  # type: ignore[no-untyped-call,no-any-return]
 
     # How calls are sorted.
 
-    def _sort(self, values: Any, rooted: list[Derived]) -> bool:
+    def _sort(self, func: Any, values: Any, rooted: list[Derived]) -> bool:
         """Collects derived arguments into ``rooted``; returns whether any argument is sample data."""
         has_data = False
         for value in values:
@@ -306,26 +251,37 @@ class CaptureMode(TorchFunctionMode):
                         and id(value) not in self._opened
                         and entry is None
                     ):
-                        self.refuse(
+                        reason = (
                             "a tensor among its arguments needs a gradient but is no parameter of the model"
                         )
+                        raise refusal(func, rooted, reason)
                 elif entry.roots:
                     rooted.append(entry)
             elif isinstance(value, list | tuple):
-                has_data |= self._sort(value, rooted)
+                has_data |= self._sort(func, value, rooted)
         return has_data
 
     def _run_derived(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
         versions = [derived.tensor._version for derived in rooted]
         result = func(*args, **kwargs)
         if versions != [derived.tensor._version for derived in rooted] and torch.is_grad_enabled():
-            self._function, self._rooted = func, rooted
-            self.refuse("it writes into a tensor made from parameters")
+            raise refusal(func, rooted, "it writes into a tensor made from parameters")
         outputs = result if isinstance(result, list | tuple) else (result,)
         for output in outputs:
             if isinstance(output, Tensor) and id(output) not in self._known:
                 self._known[id(output)] = describe(func, args, kwargs, output, rooted)
         return result
+
+    def _data(self, values: Any) -> list[Tensor]:
+        """The tensors of sample data among the arguments."""
+        found: list[Tensor] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                if id(value) not in self._known:
+                    found.append(value)
+            elif isinstance(value, list | tuple):
+                found += self._data(value)
+        return found
 
     @staticmethod
     def _writes(func: Any, kwargs: dict[str, Any]) -> bool:

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, RowScatter
+from dp_trainer.gradients.slots import SlottedOuterProduct
 
 
 class Link(enum.Enum):
     """How a derived tensor's gradient maps to that of its base."""
 
     SAME = "the gradient is the base's (a cast, a copy, an added constant)"
-    TRANSPOSED = "the gradient is the base's, with both axes swapped"
+    TRANSPOSED = "the gradient is the base's, with its last two axes swapped"
+    SLOT = "one weight of a stack, picked by its number"
     ROWS = "rows of the base, picked by constant indices"
     EXPANDED = "the base, repeated along leading axes"
     GENERAL = "anything else: through the autograd graph"
@@ -43,6 +45,7 @@ class Derived:
         base: What it was made from in one step; None for a parameter itself.
         rows: For ``Link.ROWS``, the indices, any shape.
         padding_row: For ``Link.ROWS``, the row that gets no gradient, if any.
+        slot: For ``Link.SLOT``, the weight's number.
         batch_first: Whether the forward pass itself gave it a first axis by repeating or looking up,
             so that this axis may run over the samples.
     """
@@ -53,6 +56,7 @@ class Derived:
     base: Derived | None = None
     rows: Tensor | None = None
     padding_row: int | None = None
+    slot: int = 0
     batch_first: bool = False
 
 
@@ -93,8 +97,15 @@ def to_parameters(
             )
         case Link.TRANSPOSED:
             assert derived.base is not None
-            swapped = form.transposed() if isinstance(form, OuterProduct) else Materialized(form.dense().mT)
+            if isinstance(form, OuterProduct | SlottedOuterProduct):
+                swapped: Form = form.transposed()
+            else:
+                swapped = Materialized(form.dense().mT)
             yield from to_parameters(derived.base, swapped, aligned=False, parameters=parameters)
+        case Link.SLOT:
+            assert derived.base is not None
+            slotted = _in_slot(form, derived.slot, derived.base.tensor.shape)
+            yield from to_parameters(derived.base, slotted, aligned=False, parameters=parameters)
         case Link.ROWS:
             assert derived.base is not None
             assert derived.rows is not None
@@ -173,6 +184,17 @@ def _pull_back_rows(
             collected.setdefault(name, []).append(form.dense())
     for name, parts in collected.items():
         yield name, Materialized(torch.cat(parts))
+
+
+def _in_slot(form: Form, slot: int, shape: torch.Size) -> Form:
+    """A form of one weight of a stack as a form of the stack."""
+    if isinstance(form, OuterProduct):
+        slots_BT = torch.full(form.left_BTP.shape[:2], slot, device=form.left_BTP.device)
+        return SlottedOuterProduct(form.left_BTP, form.right_BTD, slots_BT, shape[0])
+    gradients = form.dense()
+    stacked = gradients.new_zeros(gradients.shape[0], *shape)
+    stacked[:, slot] = gradients
+    return Materialized(stacked)
 
 
 def _stored_like(form: Form, base: Tensor) -> Form:

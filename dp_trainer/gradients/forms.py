@@ -1,7 +1,7 @@
 """What one parameter's per-sample gradients are made of, and all mathematics on them.
 
-An operation rule never computes with gradients: it returns a form. Three forms
-cover every use of a parameter, and norms, inner products and weighted sums are
+An operation rule never computes with gradients: it returns a form. Four forms
+(one in ``slots.py``) cover every use of a parameter, and norms, inner products and weighted sums are
 written here once, in float32 at least, whatever the dtype of the tensors.
 
 Norms never fall below the true ones. A Gram product sums terms as large as the
@@ -22,77 +22,26 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-# Rows of a Gram matrix computed at a time: enough for full matmul speed, small
-# enough that skipping the upper triangle pays.
-_GRAM_BLOCK = 64
+from dp_trainer.gradients.measures import (
+    GramCache,
+    Measure,
+    gram_blocks,
+    wide,
+    zero_dropped,
+)
+from dp_trainer.gradients.slots import SlottedOuterProduct
 
 # Rounding of a sum of products, in units of the last place of its largest term.
 _ROUNDING = 4.0
 # A squared norm smaller than this many units of the squared spread's last place is mostly rounding.
 _TRUSTED = 1e3
-
-
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype for norms and sums: float32, or float64 where the tensors are float64."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(accumulation_dtype(tensor))
-
-
-@dataclass(frozen=True, eq=False)
-class Measure:
-    """How long one form's gradients are.
-
-    Args:
-        squares_B: ‖gradient‖² up to cancellation, (B,).
-        spreads_B: Σ of the norms of the terms that add up to the gradient, (B,):
-            what cancellation is measured against. Zero where nothing can cancel.
-    """
-
-    squares_B: Tensor
-    spreads_B: Tensor
-
-
-class GramCache:
-    """The Gram matrix of the tensor measured last: query, key and value projections share their input.
-
-    Holds one matrix, so it costs little memory.
-    """
-
-    def __init__(self) -> None:
-        # Kept alive, so that no other tensor can take its memory and be taken for it.
-        self._factor_BTD: Tensor | None = None
-        self._blocks: list[Tensor] = []
-
-    def blocks(self, factor_BTD: Tensor) -> list[Tensor]:
-        """Returns the lower triangle of factor @ factorᵀ in blocks of rows; not to be written to."""
-        if self._factor_BTD is None or not _same_memory(factor_BTD, self._factor_BTD):
-            self._factor_BTD, self._blocks = factor_BTD, list(_gram_blocks(_wide(factor_BTD)))
-        return self._blocks
-
-
-def _same_memory(first: Tensor, second: Tensor) -> bool:
-    return (first.data_ptr(), first.shape, first.stride(), first.dtype) == (
-        second.data_ptr(),
-        second.shape,
-        second.stride(),
-        second.dtype,
-    )
-
-
-def _gram_blocks(factor_BTD: Tensor) -> Iterator[Tensor]:
-    for start in range(0, factor_BTD.shape[1], _GRAM_BLOCK):
-        stop = start + _GRAM_BLOCK
-        yield torch.bmm(factor_BTD[:, start:stop], factor_BTD[:, :stop].mT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,18 +63,18 @@ class OuterProduct:
 
     def dense(self) -> Tensor:
         """Returns the gradients themselves, (B, P, D)."""
-        return torch.bmm(_wide(self.left_BTP).mT, _wide(self.right_BTD))
+        return torch.bmm(wide(self.left_BTP).mT, wide(self.right_BTD))
 
     def measure(self, grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² up to cancellation, from the Gram matrices of both factors, and the spread."""
-        left = _wide(self.left_BTP)
+        left = wide(self.left_BTP)
         if left.shape[1] == 1:
             norms_B = torch.linalg.vector_norm(left[:, 0], dim=1)
-            norms_B = norms_B * torch.linalg.vector_norm(_wide(self.right_BTD)[:, 0], dim=1)
+            norms_B = norms_B * torch.linalg.vector_norm(wide(self.right_BTD)[:, 0], dim=1)
             return Measure(norms_B.square(), norms_B)
         squares_B, spreads_B = left.new_zeros(left.shape[0]), left.new_zeros(left.shape[0])
         grams = GramCache() if grams is None else grams
-        for left_BXS, right_BXS in zip(_gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
+        for left_BXS, right_BXS in zip(gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
             products_BXS = left_BXS.mul_(right_BXS)
             start = products_BXS.shape[2] - products_BXS.shape[1]
             # Both Gram matrices are symmetric: what lies left of the diagonal block counts twice.
@@ -136,7 +85,7 @@ class OuterProduct:
 
     def select(self, keep_B: Tensor) -> OuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""
-        return OuterProduct(_zero_dropped(self.left_BTP, keep_B), _zero_dropped(self.right_BTD, keep_B))
+        return OuterProduct(zero_dropped(self.left_BTP, keep_B), zero_dropped(self.right_BTD, keep_B))
 
     def transposed(self) -> OuterProduct:
         """Returns the form of the transposed parameter, (D, P)."""
@@ -144,7 +93,7 @@ class OuterProduct:
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``, (P, D); writes into ``total`` if given."""
-        left, right = _wide(self.left_BTP), _wide(self.right_BTD)
+        left, right = wide(self.left_BTP), wide(self.right_BTD)
         weights = factors_B.to(left.dtype)[:, None, None]
         # The narrower factor is scaled: less memory, less work.
         if left.shape[2] < right.shape[2]:
@@ -176,7 +125,7 @@ class RowScatter:
 
     def dense(self) -> Tensor:
         """Returns the gradients themselves, (B, V, D)."""
-        values = _wide(self.values_BTD)
+        values = wide(self.values_BTD)
         batch, _, width = values.shape
         offsets = torch.arange(batch, device=values.device)[:, None] * self.number_of_rows
         table = values.new_zeros(batch * self.number_of_rows, width)
@@ -185,7 +134,7 @@ class RowScatter:
 
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖², values that share a row added before the norm, and the spread."""
-        values = _wide(self.values_BTD)
+        values = wide(self.values_BTD)
         batch, width = values.shape[0], values.shape[2]
         # Numbering the distinct (sample, row) pairs keeps this linear in T, where a Gram matrix is not.
         offsets = torch.arange(batch, device=values.device)[:, None] * self.number_of_rows
@@ -200,11 +149,11 @@ class RowScatter:
 
     def select(self, keep_B: Tensor) -> RowScatter:
         """Returns the form with exact zeros for samples that are not kept."""
-        return RowScatter(self.rows_BT, _zero_dropped(self.values_BTD, keep_B), self.number_of_rows)
+        return RowScatter(self.rows_BT, zero_dropped(self.values_BTD, keep_B), self.number_of_rows)
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``, (V, D); writes into ``total`` if given."""
-        values = _wide(self.values_BTD)
+        values = wide(self.values_BTD)
         values = values * factors_B.to(values.dtype)[:, None, None]
         total = values.new_zeros(self.shape) if total is None else total
         return total.index_add_(0, self.rows_BT.flatten(), values.flatten(0, 1).to(total.dtype))
@@ -223,7 +172,7 @@ class Materialized:
 
     def dense(self) -> Tensor:
         """Returns the gradients themselves, (B, …)."""
-        return _wide(self.gradients_BK)
+        return wide(self.gradients_BK)
 
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² and no spread: what is stored is what will be summed, so nothing cancels."""
@@ -232,7 +181,7 @@ class Materialized:
 
     def select(self, keep_B: Tensor) -> Materialized:
         """Returns the form with exact zeros for samples that are not kept."""
-        return Materialized(_zero_dropped(self.gradients_BK, keep_B))
+        return Materialized(zero_dropped(self.gradients_BK, keep_B))
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``; writes into ``total`` if given."""
@@ -242,10 +191,10 @@ class Materialized:
 
     def _flat(self) -> Tensor:
         """The gradients as rows, (B, number of elements); a scalar parameter has one."""
-        return _wide(self.gradients_BK).reshape(self.gradients_BK.shape[0], -1)
+        return wide(self.gradients_BK).reshape(self.gradients_BK.shape[0], -1)
 
 
-Form: TypeAlias = OuterProduct | RowScatter | Materialized
+Form: TypeAlias = OuterProduct | RowScatter | Materialized | SlottedOuterProduct
 
 
 def inner_products(first: Form, second: Form) -> Tensor:
@@ -259,26 +208,24 @@ def inner_products(first: Form, second: Form) -> Tensor:
         first, second = second, first
     match first, second:
         case OuterProduct(), OuterProduct():
-            products_BTS = torch.bmm(_wide(first.left_BTP), _wide(second.left_BTP).mT)
-            return products_BTS.mul_(torch.bmm(_wide(first.right_BTD), _wide(second.right_BTD).mT)).sum(
-                (1, 2)
-            )
+            products_BTS = torch.bmm(wide(first.left_BTP), wide(second.left_BTP).mT)
+            return products_BTS.mul_(torch.bmm(wide(first.right_BTD), wide(second.right_BTD).mT)).sum((1, 2))
         case OuterProduct(), RowScatter():
             # Σ_{t,s} left[t, row of s] · ⟨right[t], value of s⟩
             rows_BTS = second.rows_BT[:, None, :].expand(-1, first.left_BTP.shape[1], -1)
-            picked_BTS = _wide(first.left_BTP.gather(2, rows_BTS))
-            products_BTS = torch.bmm(_wide(first.right_BTD), _wide(second.values_BTD).mT)
+            picked_BTS = wide(first.left_BTP.gather(2, rows_BTS))
+            products_BTS = torch.bmm(wide(first.right_BTD), wide(second.values_BTD).mT)
             return (picked_BTS * products_BTS).sum((1, 2))
         case OuterProduct(), Materialized():
-            applied_BTD = torch.bmm(_wide(first.left_BTP), _wide(second.gradients_BK))
-            return (applied_BTD * _wide(first.right_BTD)).sum((1, 2))
+            applied_BTD = torch.bmm(wide(first.left_BTP), wide(second.gradients_BK))
+            return (applied_BTD * wide(first.right_BTD)).sum((1, 2))
         case RowScatter(), RowScatter():
             same_BTS = first.rows_BT[:, :, None] == second.rows_BT[:, None, :]
-            products_BTS = torch.bmm(_wide(first.values_BTD), _wide(second.values_BTD).mT)
+            products_BTS = torch.bmm(wide(first.values_BTD), wide(second.values_BTD).mT)
             return (products_BTS * same_BTS).sum((1, 2))
         case RowScatter(), Materialized():
             rows_BTD = first.rows_BT[:, :, None].expand(-1, -1, second.gradients_BK.shape[2])
-            return (_wide(second.gradients_BK.gather(1, rows_BTD)) * _wide(first.values_BTD)).sum((1, 2))
+            return (wide(second.gradients_BK.gather(1, rows_BTD)) * wide(first.values_BTD)).sum((1, 2))
         case _:
             return (first.dense() * second.dense()).reshape(first.dense().shape[0], -1).sum(1)
 
@@ -314,9 +261,3 @@ def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> 
 def sum_dense(forms: Sequence[Form]) -> Tensor:
     """Returns the gradients of one parameter, all uses added up, (B, …)."""
     return functools.reduce(torch.add, (form.dense() for form in forms))
-
-
-def _zero_dropped(tensor: Tensor, keep_B: Tensor) -> Tensor:
-    """Zeroes dropped samples with ``where``: multiplying by zero would keep NaN and inf."""
-    keep = keep_B.view(-1, *[1] * (tensor.ndim - 1))
-    return torch.where(keep, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 from dp_trainer.batches import micro_batch_size
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.capture import capture
-from dp_trainer.gradients.forms import Form, accumulation_dtype
+from dp_trainer.gradients.forms import Form
+from dp_trainer.gradients.measures import accumulation_dtype
 
 _DROPOUTS = frozenset(
     {

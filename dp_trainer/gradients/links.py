@@ -45,9 +45,10 @@ def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Der
     same_shape = output.shape == base.tensor.shape
     if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
         return Derived(output, roots, Link.SAME, base, batch_first=inherited)
-    swapped = output.ndim == 2 and output.shape == base.tensor.shape[::-1]
-    if func in _TRANSPOSING and swapped and output.stride() == base.tensor.stride()[::-1]:
+    if func in _TRANSPOSING and _swaps_last_axes(output, base.tensor):
         return Derived(output, roots, Link.TRANSPOSED, base)
+    if func is Tensor.__getitem__ and base.tensor is args[0] and type(args[1]) is int and output.ndim == 2:
+        return Derived(output, roots, Link.SLOT, base, slot=args[1] % base.tensor.shape[0])
     if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
         return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
     if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
@@ -60,6 +61,14 @@ def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Der
             output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row, batch_first=first_axis
         )
     return general
+
+
+def _swaps_last_axes(output: Tensor, base: Tensor) -> bool:
+    """Whether ``output`` is a view of ``base``, of two or three axes, with the last two swapped."""
+    if output.ndim != base.ndim or base.ndim not in (2, 3):
+        return False
+    # Strides tell axes of the same length apart.
+    return (output.shape, output.stride()) == (base.mT.shape, base.mT.stride())
 
 
 def _only_leading(shape: torch.Size, base: torch.Size) -> bool:

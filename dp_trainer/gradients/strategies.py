@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dp_trainer.batches import micro_batch_size, sample_of
 from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.capture import capture
-from dp_trainer.gradients.forms import Form, GramCache, accumulation_dtype
+from dp_trainer.gradients.forms import Form
+from dp_trainer.gradients.measures import GramCache, accumulation_dtype
 from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from dp_trainer.gradients import forms as forms_module
-from dp_trainer.gradients import planner
+from dp_trainer.gradients import measures, planner
 from dp_trainer.gradients.forms import (
-    GramCache,
     Materialized,
     OuterProduct,
     RowScatter,
     inner_products,
     sum_squared_norms,
 )
+from dp_trainer.gradients.measures import GramCache
 
 B, T, P, D = 3, 150, 7, 5
 
@@ -94,8 +94,9 @@ def test_a_gram_matrix_serves_again_only_for_the_same_tensor(dtype):
 
 def test_a_projections_input_is_measured_once(monkeypatch):
     made = []
-    plain = forms_module._gram_blocks
-    monkeypatch.setattr(forms_module, "_gram_blocks", lambda f: made.append(f) or plain(f))
+    plain = measures.gram_blocks
+    for module in (measures, forms_module):
+        monkeypatch.setattr(module, "gram_blocks", lambda f: made.append(f) or plain(f))
     shared, grams = _normal(B, T, D), GramCache()
     for _ in range(3):
         OuterProduct(_normal(B, T, P), shared.detach()).measure(grams)

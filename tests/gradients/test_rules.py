@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_trainer import FlatClipping, UnsupportedOperationError, clipped_gradient_sum
+from dp_trainer.gradients.rows import RowFollower
 
 B, T, D, V = 4, 6, 8, 10
 
@@ -79,6 +80,58 @@ def _learned_queries(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     return torch.softmax(queries @ x.mT, -1) @ x
 
 
+EXPERTS, CHOSEN = 3, 2
+
+
+def _routing(m: Toy, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's experts and their weights, (tokens, CHOSEN)."""
+    return torch.topk(torch.softmax(F.linear(x.reshape(-1, D), m.router), -1), CHOSEN)
+
+
+def _experts_one_by_one(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    tokens, (weights, chosen) = x.reshape(-1, D), _routing(m, x)
+    result = torch.zeros_like(tokens)
+    hit = F.one_hot(chosen, EXPERTS).permute(2, 1, 0)
+    for expert in torch.greater(hit.sum((-1, -2)), 0).nonzero():
+        position, token = torch.where(hit[expert[0]])
+        hidden = torch.tanh(F.linear(tokens[token], m.w[expert[0]], m.b[expert[0]]))
+        hidden = F.layer_norm(hidden, (D,), m.s) * m.g
+        hidden = F.linear(hidden, m.v[int(expert[0])]) * weights[token, position, None]
+        result.index_add_(0, token, hidden)
+    return result.view_as(x)
+
+
+def _experts_grouped(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    tokens, (weights, chosen) = x.reshape(-1, D).float(), _routing(m, x)
+    experts, order = torch.sort(chosen.reshape(-1))
+    ends = torch.cumsum(torch.histc(experts.float(), EXPERTS, 0, EXPERTS - 1), 0, dtype=torch.int32)
+    hidden = F.grouped_mm(tokens[order // CHOSEN], m.w.float().transpose(-2, -1), offs=ends) + m.b[experts]
+    hidden = (
+        F.grouped_mm(torch.tanh(hidden).float(), m.v.float(), offs=ends) * weights.reshape(-1)[order][:, None]
+    )
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return hidden[inverse].view(len(tokens), CHOSEN, D).sum(1).view_as(x).to(x.dtype)
+
+
+def _experts_all_at_once(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D)
+    hidden = tokens.repeat(EXPERTS, 1).view(EXPERTS, -1, D)
+    hidden = torch.bmm(torch.tanh(torch.bmm(hidden, m.w.transpose(1, 2))), m.v)
+    shares = torch.softmax(F.linear(tokens, m.router), -1)
+    return (hidden * shares.T[:, :, None]).sum(0).view_as(x)
+
+
+def _first_tokens(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """Rows picked by number and by mask: uneven numbers a sample, and one sample without any."""
+    mask = ids > 6
+    picked = F.linear(x[mask], m.w, m.b)
+    result = torch.zeros_like(x)
+    result[mask] = torch.tanh(picked)
+    return result + x[torch.arange(len(x)), 2][:, None] * m.b
+
+
+MIXTURE = {"router": (EXPERTS, D), "w": (EXPERTS, D, D), "v": (EXPERTS, D, D)}
 W, VECTOR = {"w": (D, D)}, {"w": (D,)}
 RULE_CASES = (
     RuleCase("linear", {"w": (5, D), "b": (5,)}, lambda m, x, i: F.linear(x, m.w, m.b)),
@@ -120,6 +173,17 @@ RULE_CASES = (
     RuleCase("conv1d-groups", {"w": (T, 2, 3)}, lambda m, x, i: F.conv1d(x, m.w, stride=2, dilation=2, groups=3)),
     RuleCase("conv2d", {"w": (5, 1, 2, 2), "b": (5,)}, lambda m, x, i: F.conv2d(x.unsqueeze(1), m.w, m.b, stride=2)),
     RuleCase("conv2d-same", {"w": (5, 1, 3, 3)}, lambda m, x, i: F.conv2d(x.unsqueeze(1), m.w, padding="same")),
+    RuleCase("conv-transposed", {"w": (T, 4, 3), "b": (4,)}, lambda m, x, i: F.conv_transpose1d(x, m.w, m.b, stride=2)),
+    RuleCase("group-norm", {"w": (T,), "b": (T,)}, lambda m, x, i: F.group_norm(x, 2, m.w, m.b) + x),
+    RuleCase("instance-norm", {"w": (T,), "b": (T,)}, lambda m, x, i: F.instance_norm(x, weight=m.w, bias=m.b) + x),
+    RuleCase("prelu", {"w": (T,)}, lambda m, x, i: F.prelu(x, m.w)),
+    RuleCase("bilinear", {"w": (3, D, D), "b": (3,)}, lambda m, x, i: F.bilinear(x, x.sin(), m.w, m.b)),
+    RuleCase("einsum", {"w": (D, 2, 3)}, lambda m, x, i: torch.einsum("btd,dhe->bthe", x, m.w)),
+    RuleCase("einsum-two-data", {"w": (2, D)}, lambda m, x, i: torch.einsum("bid,hd,bjd->bhij", x, m.w, x.sin())),
+    RuleCase("table-at-own-indices", {"w": (V, D), "v": (V,)}, lambda m, x, i: m.w[i] * x + m.v[i][..., None]),
+    RuleCase("experts-one-by-one", {**MIXTURE, "b": (EXPERTS, D), "s": (D,), "g": ()}, _experts_one_by_one),
+    RuleCase("experts-all-at-once", MIXTURE, _experts_all_at_once),
+    RuleCase("rows-picked", {"w": (D, D), "b": (D,)}, _first_tokens),
     RuleCase("class-token", {"c": (1, 1, D), "s": (D,)}, _class_token),
     RuleCase("relative-bias", {"w": (T, 3)}, _relative_bias),
     RuleCase("attention-bias", {"a": (T, T)}, _attention_bias),
@@ -167,8 +231,51 @@ def test_rule_agrees_with_one_sample_at_a_time(case, batch):
     assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < 1e-6
 
 
+@pytest.mark.parametrize("batch", [B, 1])
+def test_experts_in_groups(batch):
+    """The grouped product is known in float32 and narrower only."""
+    model, micro_batch = Toy({**MIXTURE, "b": (EXPERTS, D)}, _experts_grouped), _micro_batch(batch)
+    expected = reference.per_sample_gradients(model, micro_batch, _loss)
+    norms = reference.norms(expected)
+    clipping = FlatClipping(float(norms.median()) * 1.01)
+    actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=clipping)
+    torch.testing.assert_close(actual.norms, norms, rtol=1e-4, atol=0)
+    assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < 1e-4
+
+
+@pytest.mark.parametrize("function", [_experts_one_by_one, _experts_grouped])
+def test_without_following_rows_experts_would_be_refused_or_wrong(function, monkeypatch):
+    """The rows of one expert are no sample's: this is what following them prevents."""
+    monkeypatch.setattr(RowFollower, "follow", lambda *_: None)
+    shapes = {**MIXTURE, "b": (EXPERTS, D), "s": (D,), "g": ()}
+    model, micro_batch = Toy(shapes, function), _micro_batch()
+    norms = reference.norms(reference.per_sample_gradients(model, micro_batch, _loss))
+    try:
+        actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=FlatClipping(1.0))
+    except UnsupportedOperationError:
+        return
+    assert ((actual.norms / norms - 1).abs() > 1e-3).any()
+
+
 REFUSED = {
-    "no-rule": ({"w": (D, D)}, lambda m, x, i: torch.einsum("btd,de->bte", x, m.w), "no rule"),
+    "no-rule": ({"w": (D, D)}, lambda m, x, i: torch.cdist(x, m.w), "no rule"),
+    "einsum-samples-behind": (
+        {"w": (D, D)},
+        lambda m, x, i: torch.einsum("btd,de->tbe", x, m.w).transpose(0, 1),
+        "first letter",
+    ),
+    "rows-lost": (
+        {"w": (D, D)},
+        lambda m, x, i: F.linear(
+            x.reshape(-1, D)[torch.randperm(len(x) * T)].roll(1, 0).view(-1, 2, D), m.w
+        ).view_as(x),
+        "could not be followed",
+    ),
+    "running-statistics": (
+        {"w": (T,)},
+        lambda m, x, i: F.instance_norm(x, torch.zeros(T).double(), torch.ones(T).double(), m.w),
+        "running statistics",
+    ),
     "write-into-parameter-copy": ({"w": (T, D)}, lambda m, x, i: m.w.clone().add_(x[0]) * x, "w"),
     "renormalized-embedding": ({"w": (V, D)}, lambda m, x, i: F.embedding(i, m.w, max_norm=1.0), "max_norm"),
     "frequency-scaled": (

@@ -1,6 +1,14 @@
 """Operation rules, one file a family. Importing this package fills the table."""
 
-from dp_trainer.gradients.rules import broadcast, convolution, embedding, linear, normalization
+from dp_trainer.gradients.rules import (
+    broadcast,
+    convolution,
+    embedding,
+    experts,
+    linear,
+    normalization,
+    sequential,
+)
 from dp_trainer.gradients.rules.base import OPERATION_RULES, Call, operation_rule
 
 __all__ = [
@@ -9,7 +17,9 @@ __all__ = [
     "broadcast",
     "convolution",
     "embedding",
+    "experts",
     "linear",
     "normalization",
     "operation_rule",
+    "sequential",
 ]

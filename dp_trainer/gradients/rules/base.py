@@ -46,6 +46,9 @@ class Call(Protocol):
     def is_tracked(self, value: object) -> bool:
         """Whether the value is a trainable parameter or derived from one."""
 
+    def is_data(self, value: object) -> bool:
+        """Whether the value is a tensor that may hold sample data."""
+
     def value(self, argument: Any) -> Any:
         """The argument without its autograd link to parameters; anything else unchanged."""
 
@@ -57,6 +60,15 @@ class Call(Protocol):
 
     def by_sample(self, tensor: Tensor) -> Tensor:
         """The detached tensor as (B, T, last axis); its first axis must be sample-major."""
+
+    def sum_by_sample(self, tensor: Tensor) -> Tensor:
+        """The detached tensor's rows added up for each sample, (B, …)."""
+
+    def samples(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor's own rows of each sample, B tensors, with their autograd links."""
+
+    def copies(self, tensor: Tensor) -> list[Tensor]:
+        """One copy of a tracked tensor for each sample; what arrives at copy b is sample b's gradient."""
 
     def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized, OuterProduct, accumulation_dtype
+from dp_trainer.gradients.forms import Materialized, OuterProduct
+from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.rules.base import Call, operation_rule
 
 

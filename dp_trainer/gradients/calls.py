@@ -1,0 +1,209 @@
+"""One intercepted call, as its operation rule sees it.
+
+Axes: B sample, R row of the first axis, T position, K any trailing axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import resolve_name
+
+from dp_trainer.errors import UnsupportedOperationError
+from dp_trainer.gradients.derived import Derived
+from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.rows import RowLayout
+from dp_trainer.gradients.rules.base import FormMaker
+
+
+class Recorder(Protocol):
+    """Where a call's records go. ``capture`` implements it."""
+
+    batch_size: int
+
+    def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
+        """Adds one use of a parameter or of a tensor derived from some."""
+
+    def derive(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Runs a function of parameters and constants; its result stays tracked."""
+
+    def anchored(self, output: Tensor) -> Tensor:
+        """Gives an output that needs no gradient a place in the graph, so that its gradient arrives."""
+
+
+class CapturedCall:
+    """Implements ``rules.base.Call`` for one call.
+
+    Args:
+        recorder: The capture.
+        function: The torch function.
+        known: What is tracked, by identity.
+        rooted: The tracked arguments.
+        rows: Whether the samples of the data's rows can be told, and their
+            layout: None where the rows are sample-major.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        function: Callable[..., Any],
+        known: Mapping[int, Derived],
+        rooted: Sequence[Derived],
+        rows: tuple[bool, RowLayout | None],
+    ) -> None:
+        self.batch_size = recorder.batch_size
+        self._recorder = recorder
+        self._function = function
+        self._known = known
+        self._rooted = rooted
+        self._rows_known, self._layout = rows
+
+    def is_tracked(self, value: object) -> bool:
+        """Whether the value is a trainable parameter or derived from one."""
+        entry = self._known.get(id(value))
+        return entry is not None and bool(entry.roots)
+
+    def is_data(self, value: object) -> bool:
+        """Whether the value is a tensor that may hold sample data."""
+        if not isinstance(value, Tensor):
+            return False
+        entry = self._known.get(id(value))
+        # A constant that needs a gradient was written to with sample data.
+        return entry is None or (not entry.roots and value.requires_grad)
+
+    def value(self, argument: Any) -> Any:
+        """The argument without its autograd link to parameters; anything else unchanged."""
+        return argument.detach() if self.is_tracked(argument) else argument
+
+    def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
+        """Records each use's form when the gradient of ``output`` arrives; returns the output."""
+        tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        if not output.requires_grad:
+            output = self._recorder.anchored(output)
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                for derived, maker in tracked:
+                    self._recorder.record(derived, maker(grad.detach()))
+
+        output.register_hook(record)  # type: ignore[no-untyped-call]
+        return output
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """The detached tensor as (B, T, last axis); its first axis must run over the data's rows."""
+        if self._row_layout(tensor) is not None:
+            laid_out = self._layout.by_sample(tensor.detach())  # type: ignore[union-attr]
+            return laid_out.reshape(self.batch_size, -1, tensor.shape[-1])
+        rows = tensor.shape[0] if tensor.ndim > 1 else -1
+        if rows < 0 or rows % self.batch_size:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
+        positions = tensor.numel() // max(1, self.batch_size * tensor.shape[-1])
+        return tensor.detach().reshape(self.batch_size, positions, tensor.shape[-1])
+
+    def sum_by_sample(self, tensor: Tensor) -> Tensor:
+        """The detached tensor's rows added up for each sample, (B, …)."""
+        layout = self._row_layout(tensor)
+        if layout is not None:
+            return layout.sum_by_sample(tensor.detach())
+        if not tensor.ndim or tensor.shape[0] % self.batch_size:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
+        return self._split(tensor.detach()).sum(1)
+
+    def samples(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor's own rows of each sample, B tensors, with their autograd links."""
+        if self._row_layout(tensor) is not None:
+            self.refuse("its rows were picked or sorted, and it takes samples in their order only")
+        if not tensor.ndim or not tensor.shape[0] or tensor.shape[0] % self.batch_size:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
+        return list(tensor.chunk(self.batch_size))
+
+    def copies(self, tensor: Tensor) -> list[Tensor]:
+        """One copy of a tracked tensor for each sample; what arrives at copy b is sample b's gradient."""
+        derived = self._known[id(tensor)]
+        if derived.batch_first and tensor.ndim and tensor.shape[0] == self.batch_size > 1:
+            self.refuse("its argument made from parameters has a first axis that may run over the samples")
+        stacked = tensor.detach().expand(self.batch_size, *tensor.shape).requires_grad_()
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                self._recorder.record(derived, Materialized(grad.detach()))
+
+        stacked.register_hook(record)  # type: ignore[no-untyped-call]
+        return list(stacked.unbind())
+
+    def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""
+        derived, rows, axes = self._known[id(tensor)], shape[0] if shape else 0, len(shape)
+        layout = self._layout
+        by_layout = layout is not None and rows == len(layout)
+        aligned = derived.batch_first and tensor.ndim == axes and tensor.shape[0] == rows != 1
+        spreadable = tensor.ndim < axes or (tensor.ndim == axes and tensor.shape[0] == 1)
+        uneven = bool(rows % self.batch_size) and not by_layout
+        if not self._rows_known or not rows or uneven or not (aligned or spreadable) or (aligned and layout):
+            self.refuse(
+                f"parameters of shape {tuple(tensor.shape)} meet data of shape {tuple(shape)}, "
+                f"whose first axis does not run over the {self.batch_size} samples"
+            )
+        inner = tensor.shape if tensor.ndim < axes else tensor.shape[1:]
+        if aligned:
+            copy = tensor.detach()
+        else:
+            copy = (
+                tensor.detach()
+                .reshape(1, *[1] * (axes - 1 - len(inner)), *inner)
+                .expand(rows, *[-1] * (axes - 1))
+            )
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                if aligned:
+                    gradients = self._split(grad.detach())
+                elif by_layout:
+                    assert layout is not None
+                    gradients = layout.sum_by_sample(grad.detach()).reshape(self.batch_size, *tensor.shape)
+                else:
+                    gradients = self._split(grad.detach()).sum(1).reshape(self.batch_size, *tensor.shape)
+                self._recorder.record(derived, Materialized(gradients), aligned=aligned)
+
+        if not copy.is_floating_point():
+            self.refuse(f"its argument is of type {copy.dtype}")
+        copy.requires_grad_().register_hook(record)  # type: ignore[no-untyped-call]
+        return copy
+
+    def derive(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function of parameters and constants; its result stays tracked."""
+        return self._recorder.derive(function, args)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raises ``UnsupportedOperationError`` for this call."""
+        raise refusal(self._function, self._rooted, reason)
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        """A tensor with sample-major rows as (B, rows of a sample, …)."""
+        return tensor.reshape(self.batch_size, tensor.shape[0] // self.batch_size, *tensor.shape[1:])
+
+    def _row_layout(self, tensor: Tensor) -> RowLayout | None:
+        """The layout of a tensor that runs over this call's rows; None where they are sample-major."""
+        if not self._rows_known:
+            self.refuse("its data's rows were reordered in a way that could not be followed")
+        if self._layout is None:
+            return None
+        if not tensor.ndim or tensor.shape[0] != len(self._layout):
+            self.refuse(
+                f"a tensor of shape {tuple(tensor.shape)} does not run over the {len(self._layout)} picked rows"
+            )
+        return self._layout
+
+
+def refusal(
+    function: Callable[..., Any], rooted: Iterable[Derived], reason: str
+) -> UnsupportedOperationError:
+    """Returns the error that names the parameters, the operation, the reason and the ways out."""
+    roots = list(dict.fromkeys(name for derived in rooted for name in derived.roots))
+    return UnsupportedOperationError(
+        f"{', '.join(roots[:3]) or 'the model'}: {resolve_name(function) or function} uses this "
+        f"trainable parameter, but {reason}. Freeze it, add a rule with @operation_rule, or set strategy='loop'."
+    )

@@ -1,0 +1,98 @@
+"""Operations without a faster rule: run for each sample by itself, on its own copy of the parameters.
+
+Exact for every function that keeps samples apart along the first axis; it costs
+one small call a sample. ``einsum`` needs no loop: its copies get an axis.
+
+Axes: B sample.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dp_trainer.gradients.rules.base import Call, operation_rule
+
+_FUNCTIONS: tuple[Callable[..., Any], ...] = (
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(F.group_norm, F.bilinear, F.prelu),
+    *(torch.baddbmm, Tensor.baddbmm),
+)
+
+
+def _one_sample_at_a_time(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> Tensor:
+    pieces = [
+        function(*one_args, **dict(zip(kwargs, one_kwargs, strict=True)))
+        for one_args, one_kwargs in zip(
+            _by_sample(call, args), _by_sample(call, tuple(kwargs.values())), strict=True
+        )
+    ]
+    if not all(isinstance(piece, Tensor) and piece.ndim for piece in pieces):
+        call.refuse("its result for one sample is not a tensor with a sample axis")
+    return torch.cat(pieces)
+
+
+def _by_sample(call: Call, values: tuple[Any, ...]) -> list[list[Any]]:
+    """The arguments of each of the B calls."""
+    columns = []
+    for value in values:
+        if call.is_tracked(value):
+            columns.append(call.copies(value))
+        elif call.is_data(value):
+            columns.append(call.samples(value))
+        else:
+            columns.append([value] * call.batch_size)
+    return [[column[sample] for column in columns] for sample in range(call.batch_size)]
+
+
+for _function in dict.fromkeys(_FUNCTIONS):
+    operation_rule(_function)(functools.partial(_one_sample_at_a_time, _function))
+
+
+@operation_rule(F.instance_norm)
+def instance_norm(
+    call: Call,
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalizes each channel of each sample, then scales and shifts it."""
+    if running_mean is not None and use_input_stats:
+        call.refuse("its running statistics would hold sample data that no noise protects")
+    return _one_sample_at_a_time(
+        F.instance_norm, call, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    )
+
+
+@operation_rule(torch.einsum)
+def einsum(call: Call, equation: str, *operands: Any) -> Tensor:
+    """A sum of products whose data operands and result share their first letter, the sample axis."""
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    data = [term for term, operand in zip(terms, operands, strict=True) if not call.is_tracked(operand)]
+    letter = output[:1]
+    shared = all(term.startswith(letter) and term.count(letter) == 1 for term in (*data, output))
+    own = all(letter not in term for term in terms if term not in data)
+    if "." in equation or not arrow or not letter or not shared or not own:
+        call.refuse(f"the sample axis of '{equation}' is not the first letter of all its data and its result")
+    spread_terms, spread = [], []
+    for term, operand in zip(terms, operands, strict=True):
+        tracked = call.is_tracked(operand)
+        spread_terms.append(letter + term if tracked else term)
+        spread.append(torch.stack(call.copies(operand)) if tracked else operand)
+    rows = next(o.shape[0] for o in operands if not call.is_tracked(o))
+    if rows != call.batch_size:
+        call.refuse(f"the first axis of its data has {rows} rows for {call.batch_size} samples")
+    return torch.einsum(f"{','.join(spread_terms)}->{output}", *spread)
