@@ -30,7 +30,7 @@ class Link(enum.Enum):
     TRANSPOSED = "the gradient is the base's, with its last two axes swapped"
     SLOT = "one weight of a stack, picked by its number"
     ROWS = "rows of the base, picked by constant indices"
-    EXPANDED = "the base, repeated along leading axes"
+    EXPANDED = "the base, repeated along its first axis or a new one, and perhaps broadcast along others"
     GENERAL = "anything else: through the autograd graph"
 
 
@@ -138,7 +138,7 @@ def _aligned_to_parameters(
         assert derived.base is not None
         summed = gradients.sum(1)
         shape = derived.base.tensor.shape
-        inner = shape[len(shape) - summed.ndim + 1 :]
+        inner = shape[max(0, len(shape) - summed.ndim + 1) :]
         reduced = torch.stack([sample.sum_to_size(inner).reshape(shape) for sample in summed])
         yield from to_parameters(derived.base, Materialized(reduced), aligned=False, parameters=parameters)
     else:

@@ -29,7 +29,8 @@ _TRANSPOSING = frozenset(
         *(Tensor.transpose, torch.transpose, Tensor.swapaxes, Tensor.permute, torch.permute),
     }
 )
-_EXPANDING = frozenset({Tensor.expand, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to, torch.tile})
+_EXPANDING = frozenset({Tensor.expand, torch.broadcast_to, Tensor.broadcast_to})
+_REPEATING = frozenset({Tensor.repeat, torch.tile, Tensor.tile})
 
 
 def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived]) -> Derived:
@@ -49,7 +50,9 @@ def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Der
         return Derived(output, roots, Link.TRANSPOSED, base)
     if func is Tensor.__getitem__ and base.tensor is args[0] and type(args[1]) is int and output.ndim == 2:
         return Derived(output, roots, Link.SLOT, base, slot=args[1] % base.tensor.shape[0])
-    if func in _EXPANDING and output.ndim > 0 and _only_leading(output.shape, base.tensor.shape):
+    if (func in _EXPANDING and _adds_leading(output.shape, base.tensor.shape)) or (
+        func in _REPEATING and _only_leading(output.shape, base.tensor.shape)
+    ):
         return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
     if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
         first_axis = args[0].ndim > 1
@@ -71,6 +74,15 @@ def _swaps_last_axes(output: Tensor, base: Tensor) -> bool:
     return (output.shape, output.stride()) == (base.mT.shape, base.mT.stride())
 
 
+def _adds_leading(shape: torch.Size, base: torch.Size) -> bool:
+    """Whether a broadcast of ``base`` to ``shape`` gives it another first axis."""
+    return len(shape) > len(base) or (len(base) > 0 and base[0] == 1 != shape[0])
+
+
 def _only_leading(shape: torch.Size, base: torch.Size) -> bool:
     """Whether ``shape`` repeats ``base`` along one leading axis and nowhere else."""
-    return shape[1:] == base or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])
+    return (
+        len(shape) > 0
+        and shape[1:] == base
+        or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])
+    )

@@ -139,7 +139,7 @@ class RowFollower:
         source = args[0]
         if func is Tensor.__getitem__:
             key = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-            if key is None and len(args[1]) > 1:
+            if key is None and isinstance(args[1], tuple) and len(args[1]) > 1:
                 key = args[1][1]
             if isinstance(key, slice) and source in self._layouts and self._layouts[source] is not None:
                 samples_R = self._layouts[source].samples_R[key]

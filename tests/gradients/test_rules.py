@@ -124,7 +124,7 @@ def _experts_all_at_once(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
 
 def _first_tokens(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     """Rows picked by number and by mask: uneven numbers a sample, and one sample without any."""
-    mask = ids > 6
+    mask = ids > 8
     picked = F.linear(x[mask], m.w, m.b)
     result = torch.zeros_like(x)
     result[mask] = torch.tanh(picked)
@@ -184,6 +184,9 @@ RULE_CASES = (
     RuleCase("experts-one-by-one", {**MIXTURE, "b": (EXPERTS, D), "s": (D,), "g": ()}, _experts_one_by_one),
     RuleCase("experts-all-at-once", MIXTURE, _experts_all_at_once),
     RuleCase("rows-picked", {"w": (D, D), "b": (D,)}, _first_tokens),
+    RuleCase("attention-sinks", {"w": (3,)}, lambda m, x, i: torch.softmax(torch.cat((x[:, None].expand(-1, 3, -1, -1), m.w.reshape(1, -1, 1, 1).expand(len(x), -1, T, -1)), -1), -1)),
+    RuleCase("bias-expanded-like-data", {"w": (D,)}, lambda m, x, i: x.tanh() * m.w.expand_as(x)),
+    RuleCase("einsum-two-rows-a-sample", {"w": (D, 3)}, lambda m, x, i: torch.einsum("btd,de->bte", x.reshape(-1, T // 2, D), m.w).reshape(len(x), -1)),
     RuleCase("class-token", {"c": (1, 1, D), "s": (D,)}, _class_token),
     RuleCase("relative-bias", {"w": (T, 3)}, _relative_bias),
     RuleCase("attention-bias", {"a": (T, T)}, _attention_bias),

@@ -87,12 +87,16 @@ def einsum(call: Call, equation: str, *operands: Any) -> Tensor:
     own = all(letter not in term for term in terms if term not in data)
     if "." in equation or not arrow or not letter or not shared or not own:
         call.refuse(f"the sample axis of '{equation}' is not the first letter of all its data and its result")
+    rows = next(o.shape[0] for o in operands if not call.is_tracked(o))
+    if rows % call.batch_size:
+        call.refuse(f"the first axis of its data has {rows} rows for {call.batch_size} samples")
     spread_terms, spread = [], []
     for term, operand in zip(terms, operands, strict=True):
         tracked = call.is_tracked(operand)
         spread_terms.append(letter + term if tracked else term)
-        spread.append(torch.stack(call.copies(operand)) if tracked else operand)
-    rows = next(o.shape[0] for o in operands if not call.is_tracked(o))
-    if rows != call.batch_size:
-        call.refuse(f"the first axis of its data has {rows} rows for {call.batch_size} samples")
+        spread.append(
+            torch.stack(call.copies(operand)).repeat_interleave(rows // call.batch_size, 0)
+            if tracked
+            else operand
+        )
     return torch.einsum(f"{','.join(spread_terms)}->{output}", *spread)
