@@ -67,6 +67,11 @@ class LogicalBatch:
         return LogicalBatch(pinned, self.sample_counts)
 
 
+# Short samples in a micro-batch, for each long one that fits: what is stored for every sample, such as the
+# gradients of biases, does not grow with its length.
+_MOST_SHORT_SAMPLES = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class LogicalBatchCollator:
     """Makes a :class:`LogicalBatch` of the samples that one draw of the sampler selected.
@@ -77,7 +82,9 @@ class LogicalBatchCollator:
 
     Args:
         data_collator: Makes tensors of a list of samples, as for the plain Trainer.
-        samples_per_micro_batch: The largest number of samples in a micro-batch.
+        samples_per_micro_batch: How many samples of the draw's greatest length fit in a
+            micro-batch. Where lengths are known, up to four times as many shorter ones
+            take their place, padding included: many small calls would cost more.
         tokens_per_micro_batch: If given, it alone decides: samples times the longest
             sample's length stay within it, except for a sample that is longer by itself.
 
@@ -112,10 +119,14 @@ class LogicalBatchCollator:
                 f"{', '.join(_LENGTH_COLUMNS)}. Leave it unset, so that the number of samples decides."
             )
         order = sorted(range(len(lengths)), key=lambda i: -(lengths[i] or 0))
+        most = len(lengths)
+        if budget is None:
+            most = self.samples_per_micro_batch * (1 if None in lengths else _MOST_SHORT_SAMPLES)
+            budget = self.samples_per_micro_batch * max((length or 1 for length in lengths), default=1)
         groups = []
         while order:
             longest = max(lengths[order[0]] or 0, 1)
-            count = self.samples_per_micro_batch if budget is None else max(budget // longest, 1)
+            count = min(max(budget // longest, 1), most)
             groups.append(order[:count])
             order = order[count:]
         return groups
