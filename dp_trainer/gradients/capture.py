@@ -209,7 +209,9 @@ class CaptureMode(TorchFunctionMode):
                 raise refusal(func, rooted, "no rule for this operation")
             rows = self._rows.layout(self._data((*args, *kwargs.values())))
             result = rule(CapturedCall(self, func, self._known, rooted, rows), *args, **kwargs)
-        self._rows.follow(func, args, kwargs, result)
+        # Rows of a table of constants or parameters are no samples'.
+        of_data = bool(args) and isinstance(args[0], Tensor) and id(args[0]) not in self._known
+        self._rows.follow(func, args, kwargs, result, of_data=of_data)
         return result
 
     def forget(self) -> None:

@@ -54,6 +54,10 @@ def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Der
         func in _REPEATING and _only_leading(output.shape, base.tensor.shape)
     ):
         return Derived(output, roots, Link.EXPANDED, base, batch_first=True)
+    picked = func is Tensor.__getitem__ and base.tensor is args[0] and base.tensor.ndim == 2
+    if picked and isinstance(args[1], Tensor) and args[1].dtype == torch.long and args[1].ndim > 0:
+        rows = args[1] % base.tensor.shape[0]
+        return Derived(output, roots, Link.ROWS, base, rows=rows, batch_first=args[1].ndim > 1)
     if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
         first_axis = args[0].ndim > 1
         if any(kwargs.get(flag) for flag in ("max_norm", "scale_grad_by_freq", "sparse")):
@@ -81,8 +85,6 @@ def _adds_leading(shape: torch.Size, base: torch.Size) -> bool:
 
 def _only_leading(shape: torch.Size, base: torch.Size) -> bool:
     """Whether ``shape`` repeats ``base`` along one leading axis and nowhere else."""
-    return (
-        len(shape) > 0
-        and shape[1:] == base
-        or (len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:])
+    return (len(shape) > 0 and shape[1:] == base) or (
+        len(shape) == len(base) and base[0] == 1 and shape[1:] == base[1:]
     )

@@ -30,6 +30,7 @@ _WRITING = frozenset(
         *(torch.masked_scatter, Tensor.masked_scatter_, Tensor.copy_),
     }
 )
+_JOINING = frozenset({torch.cat, torch.concat, torch.concatenate})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.tensor_split})
 
 
@@ -109,14 +110,16 @@ class RowFollower:
                 return False, None
         return first is not None, first
 
-    def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Notes the rows of a call's results."""
-        if func in _PICKING and self._note_pick(func, args, kwargs, result):
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any, *, of_data: bool) -> None:
+        """Notes the rows of a call's results; ``of_data``: whether its first argument is sample data."""
+        if of_data and func in _PICKING and self._note_pick(func, args, kwargs, result):
             return
-        if func in _SORTING and isinstance(args[0], Tensor) and args[0].ndim == 1:
+        if of_data and func in _SORTING and args[0].ndim == 1:
             self._note_sort(args[0], result)
             return
         if not self._layouts or func in _WRITING:
+            return
+        if func in _JOINING and self._note_join(args, kwargs, result):
             return
         known, layout = self.layout((args, kwargs.values()))
         if known and layout is None:
@@ -176,6 +179,17 @@ class RowFollower:
             return
         for output in _tensors((result,)):
             self._layouts[output] = layout
+
+    def _note_join(self, args: Any, kwargs: Any, result: Tensor) -> bool:
+        """Notes tensors joined along their rows, each with a layout of its own; returns whether they are."""
+        tensors = args[0] if args else kwargs["tensors"]
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        layouts = [self._layouts.get(tensor) for tensor in tensors]
+        if not result.ndim or dim % result.ndim or any(layout is None for layout in layouts):
+            return False
+        samples_R = torch.cat([layout.samples_R for layout in layouts])
+        self._layouts[result] = RowLayout(samples_R, self._batch_size)
+        return True
 
     def _note_split(self, layout: RowLayout, outputs: list[Tensor]) -> bool:
         """Notes the pieces of a split along the rows; returns whether it was one."""

@@ -114,6 +114,17 @@ def _experts_grouped(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     return hidden[inverse].view(len(tokens), CHOSEN, D).sum(1).view_as(x).to(x.dtype)
 
 
+def _experts_in_pieces(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    tokens, (weights, chosen) = x.reshape(-1, D), _routing(m, x)
+    _, order = chosen.flatten().sort(0)
+    counts = torch.bincount(chosen.flatten(), minlength=EXPERTS + 1).tolist()  # the last piece is empty
+    token = order.div(CHOSEN, rounding_mode="trunc")
+    pieces = tokens[token].split(counts, dim=0)
+    hidden = torch.cat([F.linear(p, m.w[e % EXPERTS], m.b[e % EXPERTS]) for e, p in enumerate(pieces)], 0)
+    hidden = hidden.tanh() * weights.flatten()[order][:, None] * m.g
+    return torch.zeros_like(tokens).index_add(0, token, hidden).view_as(x)
+
+
 def _experts_all_at_once(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     tokens = x.reshape(-1, D)
     hidden = tokens.repeat(EXPERTS, 1).view(EXPERTS, -1, D)
@@ -160,6 +171,7 @@ RULE_CASES = (
     RuleCase("types-of-zeros", {"w": (2, D)}, lambda m, x, i: x * (F.embedding(torch.zeros(B_of(x), T, dtype=torch.long), m.w) + x)),
     RuleCase("positions-expanded-ids", {"w": (V, D)}, lambda m, x, i: x * (F.embedding(_constant_ids().expand(B_of(x), -1), m.w) + x)),
     RuleCase("two-constant-embeddings", {"w": (V, D), "u": (2, D)}, lambda m, x, i: x * (F.embedding(_constant_ids(), m.w) + F.embedding(torch.zeros(B_of(x), T, dtype=torch.long), m.u) + x)),
+    RuleCase("position-table-picked", {"w": (V, D)}, lambda m, x, i: x * (x + m.w[_constant_ids().expand(len(x), -1) - V])),
     RuleCase("position-table-slice", {"w": (V, D)}, lambda m, x, i: x * (x + m.w[:T])),
     RuleCase("layer-norm", {"w": (D,), "b": (D,)}, lambda m, x, i: F.layer_norm(x, (D,), m.w, m.b)),
     RuleCase("layer-norm-no-bias", VECTOR, lambda m, x, i: F.layer_norm(x, (D,), m.w)),
@@ -182,6 +194,7 @@ RULE_CASES = (
     RuleCase("einsum-two-data", {"w": (2, D)}, lambda m, x, i: torch.einsum("bid,hd,bjd->bhij", x, m.w, x.sin())),
     RuleCase("table-at-own-indices", {"w": (V, D), "v": (V,)}, lambda m, x, i: m.w[i] * x + m.v[i][..., None]),
     RuleCase("experts-one-by-one", {**MIXTURE, "b": (EXPERTS, D), "s": (D,), "g": ()}, _experts_one_by_one),
+    RuleCase("experts-in-pieces", {**MIXTURE, "b": (EXPERTS, D), "g": (D,)}, _experts_in_pieces),
     RuleCase("experts-all-at-once", MIXTURE, _experts_all_at_once),
     RuleCase("rows-picked", {"w": (D, D), "b": (D,)}, _first_tokens),
     RuleCase("attention-sinks", {"w": (3,)}, lambda m, x, i: torch.softmax(torch.cat((x[:, None].expand(-1, 3, -1, -1), m.w.reshape(1, -1, 1, 1).expand(len(x), -1, T, -1)), -1), -1)),
@@ -249,7 +262,7 @@ def test_experts_in_groups(batch):
 @pytest.mark.parametrize("function", [_experts_one_by_one, _experts_grouped])
 def test_without_following_rows_experts_would_be_refused_or_wrong(function, monkeypatch):
     """The rows of one expert are no sample's: this is what following them prevents."""
-    monkeypatch.setattr(RowFollower, "follow", lambda *_: None)
+    monkeypatch.setattr(RowFollower, "follow", lambda *_, **__: None)
     shapes = {**MIXTURE, "b": (EXPERTS, D), "s": (D,), "g": ()}
     model, micro_batch = Toy(shapes, function), _micro_batch()
     norms = reference.norms(reference.per_sample_gradients(model, micro_batch, _loss))
