@@ -2,10 +2,11 @@
 
     python scripts/benchmark.py                                # steps: time and peak memory
     python scripts/benchmark.py --cases roberta-base --rounds 20
+    python scripts/benchmark.py --micro-batches 8              # a logical batch of eight micro-batches
     python scripts/benchmark.py --throughput --gpt2-tokenizer DIR --roberta-tokenizer DIR --sst2-data DIR
 
-A step is forward, backward, clipping, noise and fused AdamW on one fixed random
-micro-batch, models of the true size with random weights, float32, one thread.
+A step is forward, backward, clipping, noise and fused AdamW on fixed random
+micro-batches, models of the true size with random weights, float32, one thread.
 Each contender takes turns with the plain step, and each time is divided by the
 plain step's of the same round, so that a busy machine slows both alike; reported
 are the median ratio and its quartiles (plain is 1 by construction).
@@ -125,20 +126,21 @@ CASES = {
 DEFAULT_CASES = ("gpt2", "roberta-base")
 
 
-def plain_step(case: Case) -> Step:
-    """The ordinary step: the model's own loss, averaged over the micro-batch."""
+def plain_step(case: Case, micro_batches: int) -> Step:
+    """The ordinary step: the model's own loss, averaged over each micro-batch and accumulated."""
     model, batch = case.model().train(), case.batch()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step() -> None:
-        model(**batch).loss.backward()
+        for _ in range(micro_batches):
+            (model(**batch).loss / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
 
 
-def private_step(case: Case) -> Step:
+def private_step(case: Case, micro_batches: int) -> Step:
     """This package: automatic clipping, one forward and one backward."""
     from dp_trainer import AutomaticClipping, clipped_gradient_sum
     from dp_trainer.losses import per_sample_loss_for
@@ -151,11 +153,11 @@ def private_step(case: Case) -> Step:
 
     def step() -> None:
         clipped = clipped_gradient_sum(
-            model, [batch], per_sample_loss=loss, clipping=clipping, strategy="automatic"
+            model, [batch] * micro_batches, per_sample_loss=loss, clipping=clipping, strategy="automatic"
         )
+        noise_std = NOISE_MULTIPLIER * clipping.sensitivity
         for name, gradient in clipped.gradients.items():
-            noise.add_noise_(gradient, NOISE_MULTIPLIER * clipping.sensitivity)
-            parameters[name].grad = gradient.div_(samples)
+            parameters[name].grad = noise.add_noise_(gradient, noise_std, divisor=samples * micro_batches)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -196,21 +198,22 @@ def opacus_step(case: Case, grad_sample_mode: str) -> Step:
     return step
 
 
-CONTENDERS: dict[str, Callable[[Case], Step]] = {
+CONTENDERS: dict[str, Callable[[Case, int], Step]] = {
     "plain": plain_step,
     "dp_trainer": private_step,
-    "opacus-ghost": lambda case: opacus_step(case, "ghost"),
-    "opacus-hooks": lambda case: opacus_step(case, "hooks"),
+    "opacus-ghost": lambda case, _: opacus_step(case, "ghost"),
+    "opacus-hooks": lambda case, _: opacus_step(case, "hooks"),
 }
 
 
-def child(task: str, case: str, contender: str, rounds: int) -> object:
+def child(task: str, case: str, contender: str, rounds: int, micro_batches: int) -> object:
     """Runs one measurement in a process of its own; returns its result, or None and the reason on paper.
 
     Own processes, since memory is a matter of the whole process, and since a
     contender that cannot take a model must not end the others.
     """
     command = [sys.executable, __file__, "--child", task, case, contender, "--rounds", str(rounds)]
+    command += ["--micro-batches", str(micro_batches)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1][:200]
@@ -219,10 +222,10 @@ def child(task: str, case: str, contender: str, rounds: int) -> object:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure_memory(case: Case, contender: str) -> float:
+def measure_memory(case: Case, contender: str, micro_batches: int) -> float:
     """Returns the peak of this process in GiB, after three steps."""
     torch.manual_seed(0)
-    step = CONTENDERS[contender](case)
+    step = CONTENDERS[contender](case, micro_batches)
     for _ in range(3):
         step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -230,12 +233,12 @@ def measure_memory(case: Case, contender: str) -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def measure_time(case: Case, contender: str, rounds: int) -> dict[str, list[float]]:
+def measure_time(case: Case, contender: str, rounds: int, micro_batches: int) -> dict[str, list[float]]:
     """Returns seconds of the plain step and of the contender, one a round; they take turns to begin."""
     steps = {}
     for name in dict.fromkeys(("plain", contender)):
         torch.manual_seed(0)
-        steps[name] = CONTENDERS[name](case)
+        steps[name] = CONTENDERS[name](case, micro_batches)
         steps[name]()  # the first step allocates optimizer state
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
@@ -246,16 +249,18 @@ def measure_time(case: Case, contender: str, rounds: int) -> dict[str, list[floa
     return seconds
 
 
-def benchmark_case(name: str, contenders: list[str], rounds: int) -> dict[str, dict[str, object]]:
+def benchmark_case(
+    name: str, contenders: list[str], rounds: int, micro_batches: int
+) -> dict[str, dict[str, object]]:
     """Measures one case, prints its table and returns everything measured, by contender."""
     results: dict[str, dict[str, object]] = {}
     for contender in contenders:
-        memory = child("memory", name, contender, rounds)
-        seconds = None if memory is None else child("time", name, contender, rounds)
+        memory = child("memory", name, contender, rounds, micro_batches)
+        seconds = None if memory is None else child("time", name, contender, rounds, micro_batches)
         if seconds is not None:
             ratios = [own / plain for own, plain in zip(seconds[contender], seconds["plain"], strict=True)]
             results[contender] = {"seconds": seconds, "ratios": ratios, "peak_gib": memory}
-    print(f"\n### {name}: {CASES[name].model.__doc__} Micro-batch: {CASES[name].batch.__doc__}\n")
+    print(f"\n### {name}: {CASES[name].model.__doc__} {micro_batches} × {CASES[name].batch.__doc__}\n")
     print("| step | median s | plain s beside it | time / plain (quartiles) | peak GiB | of plain |")
     print("| --- | --- | --- | --- | --- | --- |")
     for contender, result in results.items():
@@ -317,6 +322,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=10, help="steps timed for each contender, at least 2")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=1,
+        help="micro-batches of a step; more than one leaves Opacus out",
+    )
     parser.add_argument("--throughput", action="store_true", help="whole runs on real text instead of steps")
     parser.add_argument("--steps", type=int, default=10, help="with --throughput: optimizer steps of a run")
     parser.add_argument("--gpt2-tokenizer", type=Path, help="with --throughput: folder; runs E2E")
@@ -336,9 +347,9 @@ def main() -> None:
     if arguments.child:
         task, case, contender = arguments.child
         if task == "memory":
-            print(json.dumps(measure_memory(CASES[case], contender)))
+            print(json.dumps(measure_memory(CASES[case], contender, arguments.micro_batches)))
         else:
-            print(json.dumps(measure_time(CASES[case], contender, arguments.rounds)))
+            print(json.dumps(measure_time(CASES[case], contender, arguments.rounds, arguments.micro_batches)))
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     report: dict[str, object] = {"environment": environment(arguments.rounds)}
@@ -359,7 +370,12 @@ def main() -> None:
     if not find_spec("opacus"):
         contenders = [name for name in contenders if not name.startswith("opacus")]
         print("opacus is not installed: left out")
-    cases = {name: benchmark_case(name, contenders, arguments.rounds) for name in arguments.cases}
+    if arguments.micro_batches > 1:
+        contenders = [name for name in contenders if not name.startswith("opacus")]
+    cases = {
+        name: benchmark_case(name, contenders, arguments.rounds, arguments.micro_batches)
+        for name in arguments.cases
+    }
     report["cases"] = cases
     (arguments.output / "steps.json").write_text(json.dumps(report, indent=2))
     plot(cases, arguments.output / "steps.png")
