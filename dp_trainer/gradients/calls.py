@@ -81,6 +81,9 @@ class CapturedCall:
     def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
         """Records each use's form when the gradient of ``output`` arrives; returns the output."""
         tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        if output._is_view():
+            # A view written to in place loses its hooks. This shares the memory and is no view.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
         if not output.requires_grad:
             output = self._recorder.anchored(output)
 

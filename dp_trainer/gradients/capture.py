@@ -179,6 +179,7 @@ class CaptureMode(TorchFunctionMode):
         for tensor in (*model.parameters(), *model.buffers()):
             name = names.get(id(tensor))
             self._known[id(tensor)] = Derived(tensor, () if name is None else (name,))
+        self._from_model = frozenset(self._known)
         # Sample data that the model itself made a leaf, as for checkpointing over frozen embeddings.
         self._opened: dict[int, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -271,8 +272,24 @@ class CaptureMode(TorchFunctionMode):
         outputs = result if isinstance(result, list | tuple) else (result,)
         for output in outputs:
             if isinstance(output, Tensor) and id(output) not in self._known:
-                self._known[id(output)] = describe(func, args, kwargs, output, rooted)
+                batched = bool(rooted) and self._meets_batch(output, (*args, *kwargs.values()))
+                self._known[id(output)] = describe(func, args, kwargs, output, rooted, batch_first=batched)
         return result
+
+    def _meets_batch(self, output: Tensor, values: Any) -> bool:
+        """Whether a constant that the forward pass made gives the output its first axis.
+
+        Position ids or tables repeated for every sample; a buffer's axes are the same for any batch.
+        """
+        for value in values:
+            if isinstance(value, list | tuple):
+                if self._meets_batch(output, value):
+                    return True
+            elif isinstance(value, Tensor) and value.ndim and output.ndim:
+                made = id(value) in self._known and id(value) not in self._from_model
+                if made and value.shape[0] == output.shape[0] > 1:
+                    return True
+        return False
 
     def _data(self, values: Any) -> list[Tensor]:
         """The tensors of sample data among the arguments."""

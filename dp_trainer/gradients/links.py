@@ -33,13 +33,18 @@ _EXPANDING = frozenset({Tensor.expand, torch.broadcast_to, Tensor.broadcast_to})
 _REPEATING = frozenset({Tensor.repeat, torch.tile, Tensor.tile})
 
 
-def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived]) -> Derived:
-    """Describes how ``output`` came from the derived tensors among the arguments."""
+def describe(
+    func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Derived], *, batch_first: bool = False
+) -> Derived:
+    """Describes how ``output`` came from the derived tensors among the arguments.
+
+    ``batch_first``: whether a constant among them has a first axis that may run over the samples.
+    """
     if not output.requires_grad:
         return Derived(output, ())
     roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
     base = rooted[0] if len(rooted) == 1 else None
-    inherited = any(derived.batch_first for derived in rooted)
+    inherited = batch_first or any(derived.batch_first for derived in rooted)
     general = Derived(output, roots, Link.GENERAL, batch_first=inherited)
     if base is None:
         return general
@@ -47,7 +52,7 @@ def describe(func: Any, args: Any, kwargs: Any, output: Tensor, rooted: list[Der
     if same_shape and (func in _SAME or (func in _ADDING and base.tensor is args[0])):
         return Derived(output, roots, Link.SAME, base, batch_first=inherited)
     if func in _TRANSPOSING and _swaps_last_axes(output, base.tensor):
-        return Derived(output, roots, Link.TRANSPOSED, base)
+        return Derived(output, roots, Link.TRANSPOSED, base, batch_first=inherited and output.ndim == 3)
     if func is Tensor.__getitem__ and base.tensor is args[0] and type(args[1]) is int and output.ndim == 2:
         return Derived(output, roots, Link.SLOT, base, slot=args[1] % base.tensor.shape[0])
     if (func in _EXPANDING and _adds_leading(output.shape, base.tensor.shape)) or (

@@ -142,6 +142,62 @@ def _first_tokens(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     return result + x[torch.arange(len(x)), 2][:, None] * m.b
 
 
+def _in_place_on_a_biased_output(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """Such an output may be a view, and a view written to loses its hooks."""
+    hidden = F.linear(x, m.w, m.b)
+    hidden += x
+    second = torch.addmm(m.b, x.reshape(-1, D), m.v).view_as(x)
+    second[ids > 6] = 0
+    return hidden + F.relu_(F.linear(second, m.w, m.b))
+
+
+def _mask_token(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    hidden = x * 2
+    hidden[ids > 6] = m.w
+    return hidden
+
+
+def _experts_with_bias(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    tokens = x.reshape(-1, D).expand(EXPERTS, -1, -1)
+    return torch.baddbmm(m.b[:, None, :], tokens, m.w).square().sum(0).view_as(x)
+
+
+def _relative_keys(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """A table of positions, made for every sample, goes through a layer before it meets the samples."""
+    positions = torch.linspace(0, 1, T * D, dtype=x.dtype).view(1, T, D).expand(len(x), -1, -1)
+    return x @ F.linear(positions, m.w).transpose(1, 2)
+
+
+def _recurrent(layer: nn.Module) -> Callable[..., Tensor]:
+    """A layer whose weights are the toy's parameters, by position."""
+
+    def run(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+        parameters = {name: getattr(m, f"p{i}") for i, (name, _) in enumerate(layer.named_parameters())}
+        return torch.func.functional_call(layer, parameters, (x,))[0]
+
+    return run
+
+
+def _attention_layer(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    mask = torch.zeros(len(x), T, dtype=torch.bool)
+    mask[:, -1] = True
+    probe = m.probe.expand(len(x), -1, -1)
+    x = x.transpose(0, 1)
+    settings = {"training": False, "key_padding_mask": mask, "need_weights": True}
+    for query in (x, probe.transpose(0, 1)):
+        x, shares = F.multi_head_attention_forward(
+            query, x, x, D, 2, m.w, m.b, None, None, False, 0.0, m.o, m.ob, **settings
+        )
+        settings["key_padding_mask"] = None
+    return x.transpose(0, 1) + shares.square().sum((1, 2))[:, None, None]
+
+
+def _shapes_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {f"p{i}": tuple(p.shape) for i, p in enumerate(layer.parameters())}
+
+
+LSTM = nn.LSTM(D, 4, num_layers=2, bidirectional=True, batch_first=True).double().requires_grad_(False)
+GRU = nn.GRU(D, 4, batch_first=True).double().requires_grad_(False)
 MIXTURE = {"router": (EXPERTS, D), "w": (EXPERTS, D, D), "v": (EXPERTS, D, D)}
 W, VECTOR = {"w": (D, D)}, {"w": (D,)}
 RULE_CASES = (
@@ -200,6 +256,14 @@ RULE_CASES = (
     RuleCase("attention-sinks", {"w": (3,)}, lambda m, x, i: torch.softmax(torch.cat((x[:, None].expand(-1, 3, -1, -1), m.w.reshape(1, -1, 1, 1).expand(len(x), -1, T, -1)), -1), -1)),
     RuleCase("bias-expanded-like-data", {"w": (D,)}, lambda m, x, i: x.tanh() * m.w.expand_as(x)),
     RuleCase("einsum-two-rows-a-sample", {"w": (D, 3)}, lambda m, x, i: torch.einsum("btd,de->bte", x.reshape(-1, T // 2, D), m.w).reshape(len(x), -1)),
+    RuleCase("in-place-on-a-biased-output", {"w": (D, D), "v": (D, D), "b": (D,)}, _in_place_on_a_biased_output),
+    RuleCase("mask-token", VECTOR, _mask_token),
+    RuleCase("experts-with-bias", {"w": (EXPERTS, D, D), "b": (EXPERTS, D)}, _experts_with_bias),
+    RuleCase("relative-keys", W, _relative_keys),
+    RuleCase("embedding-bag", {"w": (V, D)}, lambda m, x, i: F.embedding_bag(i, m.w, mode="mean")[:, None] * x),
+    RuleCase("lstm", _shapes_of(LSTM), _recurrent(LSTM)),
+    RuleCase("gru", _shapes_of(GRU), _recurrent(GRU)),
+    RuleCase("multi-head-attention", {"w": (3 * D, D), "b": (3 * D,), "o": (D, D), "ob": (D,), "probe": (1, 2, D)}, _attention_layer),
     RuleCase("class-token", {"c": (1, 1, D), "s": (D,)}, _class_token),
     RuleCase("relative-bias", {"w": (T, 3)}, _relative_bias),
     RuleCase("attention-bias", {"a": (T, T)}, _attention_bias),

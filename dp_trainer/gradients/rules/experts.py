@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dp_trainer.gradients.forms import Materialized, RowScatter
-from dp_trainer.gradients.rules.base import Call, operation_rule
+from dp_trainer.gradients.rules.base import Call, FormMaker, operation_rule
 from dp_trainer.gradients.slots import SlottedOuterProduct
 
 
@@ -56,23 +56,48 @@ def batched_product(call: Call, input: Tensor, mat2: Tensor) -> Tensor:  # noqa:
     """``input`` (E, R, D) times a stack of weights (E, D, P): all experts at once, rows sample-major."""
     if call.is_tracked(input) or not call.is_tracked(mat2):
         call.refuse("only sample data times a stack of weights on its right is known")
-    if input.shape[1] % call.batch_size:
-        call.refuse(f"its data of shape {tuple(input.shape)} has no second axis over the samples")
-    experts = mat2.shape[0]
+    return call.watch(torch.bmm(input, call.value(mat2)), (mat2, _stack_of_products(call, input, mat2)))
 
-    def rows_first(tensor: Tensor) -> Tensor:
-        batch = call.batch_size
-        split_EBTD = tensor.detach().reshape(experts, batch, tensor.shape[1] // batch, tensor.shape[2])
-        return split_EBTD.transpose(0, 1).flatten(1, 2)
 
-    inputs_BTD = rows_first(input)
-    positions = input.shape[1] // call.batch_size
-    slots_T = torch.arange(experts, device=input.device).repeat_interleave(positions)
-    slots_BT = slots_T.expand(call.batch_size, -1)
-    return call.watch(
-        torch.bmm(input, call.value(mat2)),
-        (mat2, lambda grad: SlottedOuterProduct(inputs_BTD, rows_first(grad), slots_BT, experts)),
-    )
+@operation_rule(torch.baddbmm, Tensor.baddbmm)
+def batched_product_with_bias(
+    call: Call,
+    input: Tensor,  # noqa: A002
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> Tensor:
+    """As ``batched_product``, with a bias (E, 1, P) for each weight."""
+    stacked = call.is_tracked(batch2) and not call.is_tracked(batch1)
+    if not stacked or (beta, alpha) != (1, 1) or input.shape != (batch2.shape[0], 1, batch2.shape[2]):
+        call.refuse("only sample data times a stack of weights, plus a bias for each, is known")
+    output = torch.baddbmm(call.value(input), batch1, call.value(batch2))
+
+    def summed(grad: Tensor) -> Materialized:
+        grads_BXP = _samples_first(call, grad)
+        batch, _, width = grads_BXP.shape
+        return Materialized(grads_BXP.view(batch, input.shape[0], -1, width).sum(2, keepdim=True))
+
+    return call.watch(output, (batch2, _stack_of_products(call, batch1, batch2)), (input, summed))
+
+
+def _samples_first(call: Call, tensor_ERD: Tensor) -> Tensor:
+    """Data of all experts, rows sample-major, as (B, E · rows of a sample, D)."""
+    experts, rows, width = tensor_ERD.shape
+    if rows % call.batch_size:
+        call.refuse(f"its data of shape {tuple(tensor_ERD.shape)} has no second axis over the samples")
+    split_EBTD = tensor_ERD.detach().reshape(experts, call.batch_size, rows // call.batch_size, width)
+    return split_EBTD.transpose(0, 1).flatten(1, 2)
+
+
+def _stack_of_products(call: Call, data_ERD: Tensor, weights_EDP: Tensor) -> FormMaker:
+    inputs_BXD = _samples_first(call, data_ERD)
+    experts = weights_EDP.shape[0]
+    slots_X = torch.arange(experts, device=data_ERD.device).repeat_interleave(inputs_BXD.shape[1] // experts)
+    slots_BX = slots_X.expand(call.batch_size, -1)
+    return lambda grad: SlottedOuterProduct(inputs_BXD, _samples_first(call, grad), slots_BX, experts)
 
 
 @operation_rule(Tensor.__getitem__)
@@ -93,3 +118,16 @@ def pick(call: Call, input: Tensor, index: Any) -> Tensor:  # noqa: A002
         return table if input.ndim == 2 else Materialized(table.dense().view(len(rows_BT), *input.shape))
 
     return call.watch(call.value(input)[index], (input, scattered))
+
+
+@operation_rule(Tensor.__setitem__)
+def put(call: Call, input: Tensor, index: Any, value: Any) -> None:  # noqa: A002
+    """Writes parameters into sample data (B, …) where a mask of its leading axes says so."""
+    masked = isinstance(index, Tensor) and index.dtype == torch.bool and not call.is_tracked(input)
+    if not masked or index.shape != input.shape[: index.ndim]:
+        call.refuse("only writing where a mask of the data's first axes says so is known")
+    if value.ndim > input.ndim - index.ndim:
+        call.refuse("what it writes has an axis for the places of the mask")
+    mask = index.view(*index.shape, *[1] * (input.ndim - index.ndim))
+    copy = call.per_sample_copy(value, input.shape)
+    input.copy_(torch.where(mask, copy.to(input.dtype), input.clone()))

@@ -21,7 +21,6 @@ from dp_trainer.gradients.rules.base import Call, operation_rule
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     *(F.group_norm, F.bilinear, F.prelu),
-    *(torch.baddbmm, Tensor.baddbmm),
 )
 
 
@@ -52,6 +51,22 @@ def _by_sample(call: Call, values: tuple[Any, ...]) -> list[list[Any]]:
 
 for _function in dict.fromkeys(_FUNCTIONS):
     operation_rule(_function)(functools.partial(_one_sample_at_a_time, _function))
+
+
+@operation_rule(F.embedding_bag)
+def embedding_bag(
+    call: Call,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    **settings: Any,
+) -> Tensor:
+    """Sums or means of rows of ``weight`` (V, D), one bag a row of ``input`` (B, T)."""
+    if offsets is not None or input.ndim != 2:
+        call.refuse("bags given by offsets have no sample axis: pass one bag a row, (B, T)")
+    if settings.get("max_norm") is not None or settings.get("scale_grad_by_freq"):
+        call.refuse("max_norm changes the table, and scale_grad_by_freq couples samples")
+    return _one_sample_at_a_time(F.embedding_bag, call, input, weight, **settings)
 
 
 @operation_rule(F.instance_norm)
