@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dp_trainer.arguments import PrivacyArguments
+    from dp_trainer.batch_norm import freeze_batch_norm
     from dp_trainer.errors import (
         CertificateError,
         ConfigurationError,
@@ -43,6 +44,7 @@ _HOMES = {
     "UnsupportedOperationError": "dp_trainer.errors",
     "certify": "dp_trainer.gradients.certificate",
     "clipped_gradient_sum": "dp_trainer.gradients.strategies",
+    "freeze_batch_norm": "dp_trainer.batch_norm",
     "operation_rule": "dp_trainer.gradients.rules.base",
 }
 
@@ -63,6 +65,7 @@ __all__ = [
     "UnsupportedOperationError",
     "certify",
     "clipped_gradient_sum",
+    "freeze_batch_norm",
     "operation_rule",
 ]
 

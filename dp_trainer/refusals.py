@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from dp_trainer.batch_norm import is_frozen
 from dp_trainer.errors import UnsupportedOperationError
 
 logger = logging.get_logger(__name__)
@@ -127,10 +128,11 @@ def refuse_unsupported_modules(model: nn.Module) -> None:
         UnsupportedOperationError: For batch normalization, naming the layer.
     """
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_frozen(module):
             raise UnsupportedOperationError(
                 f"{path}: {type(module).__name__} normalizes each sample by its neighbours and stores their "
-                "statistics without noise. Replace it by GroupNorm or LayerNorm."
+                "statistics without noise. Call dp_trainer.freeze_batch_norm(model) to train with the statistics "
+                "it has, or replace it by GroupNorm or LayerNorm."
             )
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise UnsupportedOperationError(

@@ -64,7 +64,9 @@ def test_number_of_samples_is_limited_and_longest_come_first(lengths, samples):
     shapes = [m["input_ids"].shape for m in batch.micro_batches]
     assert all(rows * width <= samples * max(lengths) for rows, width in shapes)
     # Nor fewer than it could.
-    assert all((rows + 1) * width > samples * max(lengths) or rows == 4 * samples for rows, width in shapes[:-1])
+    assert all(
+        (rows + 1) * width > samples * max(lengths) or rows == 4 * samples for rows, width in shapes[:-1]
+    )
 
 
 @given(lengths=LENGTHS, tokens=st.integers(1, 90))

@@ -27,7 +27,7 @@ CAPTURE = (
 )
 ENGINE = (*CAPTURE, *SAMPLES, "gradients.*", "privacy.clipping")
 RELEASE = (*ENGINE, *NUMBERS, "release", "distributed")
-TRAINER = (*RELEASE, "arguments", "records", "refusals", "trainer")
+TRAINER = (*RELEASE, "batch_norm", "arguments", "records", "refusals", "trainer")
 MAY_IMPORT = {
     "__init__": ("*",),  # for type checkers only; a test below holds it to loading nothing
     "errors": (),
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "heads": ("errors",),
     "losses": ("errors", "heads"),
     "batches": ("errors",),
+    "batch_norm": ("errors",),
     "gradients": (),
     "gradients.measures": ("errors",),
     "gradients.slots": ("errors", "gradients.measures"),

@@ -22,6 +22,7 @@ from dp_trainer import (
     PrivacyArguments,
     PrivacyBudgetError,
     UnsupportedOperationError,
+    freeze_batch_norm,
 )
 
 CASES = {case.name: case for case in MODEL_CASES}
@@ -634,6 +635,35 @@ class _WithBatchNorm(nn.Module):
 def test_batch_normalization_is_refused_by_name(tmp_path):
     with pytest.raises(UnsupportedOperationError, match=r"norm: BatchNorm1d"):
         trainer(tmp_path, model=_WithBatchNorm())
+
+
+def test_frozen_batch_normalization_trains_and_keeps_its_statistics(tmp_path):
+    model = _WithBatchNorm()
+    model.norm.running_mean.normal_()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert freeze_batch_norm(model) == 1
+    assert freeze_batch_norm(model) == 0
+    per_sample = lambda outputs, labels, **_: nn.functional.cross_entropy(  # noqa: E731
+        outputs["logits"], labels, reduction="none"
+    )
+    run = trainer(tmp_path, model=model, extra={"compute_loss_func": per_sample}, max_steps=2)
+    run.train()
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"norm.weight", "norm.bias"} <= changed
+    assert not {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} & changed
+    model.train()
+    assert not model.norm.training
+
+
+def test_foreign_batch_normalization_cannot_be_frozen():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    for layer in (Own(3), nn.BatchNorm2d(3, track_running_stats=False)):
+        with pytest.raises(UnsupportedOperationError, match=r"^0: "):
+            freeze_batch_norm(nn.Sequential(layer))
 
 
 def test_bad_datasets_are_refused(tmp_path):

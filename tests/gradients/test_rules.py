@@ -196,6 +196,7 @@ def _shapes_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
     return {f"p{i}": tuple(p.shape) for i, p in enumerate(layer.parameters())}
 
 
+MEANS = torch.linspace(-1, 1, T, dtype=torch.float64)
 LSTM = nn.LSTM(D, 4, num_layers=2, bidirectional=True, batch_first=True).double().requires_grad_(False)
 GRU = nn.GRU(D, 4, batch_first=True).double().requires_grad_(False)
 MIXTURE = {"router": (EXPERTS, D), "w": (EXPERTS, D, D), "v": (EXPERTS, D, D)}
@@ -260,6 +261,8 @@ RULE_CASES = (
     RuleCase("mask-token", VECTOR, _mask_token),
     RuleCase("experts-with-bias", {"w": (EXPERTS, D, D), "b": (EXPERTS, D)}, _experts_with_bias),
     RuleCase("relative-keys", W, _relative_keys),
+    RuleCase("batch-norm-with-stored-statistics", {"w": (T,), "b": (T,)}, lambda m, x, i: F.batch_norm(x, MEANS, MEANS.exp(), m.w, m.b)),
+    RuleCase("batch-norm-two-axes", {"w": (D,), "b": (D,)}, lambda m, x, i: F.batch_norm(x[:, 0], torch.zeros(D).double(), torch.ones(D).double(), m.w, m.b)),
     RuleCase("embedding-bag", {"w": (V, D)}, lambda m, x, i: F.embedding_bag(i, m.w, mode="mean")[:, None] * x),
     RuleCase("lstm", _shapes_of(LSTM), _recurrent(LSTM)),
     RuleCase("gru", _shapes_of(GRU), _recurrent(GRU)),
@@ -350,6 +353,11 @@ REFUSED = {
             x.reshape(-1, D)[torch.randperm(len(x) * T)].roll(1, 0).view(-1, 2, D), m.w
         ).view_as(x),
         "could not be followed",
+    ),
+    "batch-norm": (
+        {"w": (T,)},
+        lambda m, x, i: F.batch_norm(x, MEANS.clone(), MEANS.exp(), m.w, training=True),
+        "couples samples",
     ),
     "running-statistics": (
         {"w": (T,)},

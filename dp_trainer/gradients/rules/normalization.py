@@ -46,6 +46,38 @@ def rms_norm(
     )
 
 
+@operation_rule(F.batch_norm)
+def batch_norm(
+    call: Call,
+    input: Tensor,  # noqa: A002
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """With stored statistics, a fixed scale and shift of each channel of ``input`` (B, C, …)."""
+    if training or running_mean is None or running_var is None:
+        call.refuse(
+            "batch normalization in training mode couples samples; call dp_trainer.freeze_batch_norm(model)"
+        )
+    output = F.batch_norm(
+        input, running_mean, running_var, call.value(weight), call.value(bias), False, momentum, eps
+    )
+    data = input.detach()
+
+    def channel_sums(product: Tensor) -> Materialized:
+        sums_BC = call.sum_by_sample(product.flatten(2).sum(2, dtype=accumulation_dtype(product)))
+        return Materialized(sums_BC)
+
+    def scaled(grad: Tensor) -> Materialized:
+        return channel_sums(grad * F.batch_norm(data, running_mean, running_var, eps=eps))
+
+    return call.watch(output, (weight, scaled), (bias, channel_sums))
+
+
 def _summed(call: Call, shape: list[int], multiplier: object = None) -> FormMaker:
     """Σ over positions of the output's gradient, times the normalized input for a scale."""
 

@@ -1,0 +1,1 @@
+"""Methods of parameter-efficient fine-tuning, at toy size, held against one sample at a time."""

@@ -1,0 +1,1 @@
+def peft_page(o): return ""
