@@ -34,7 +34,7 @@ class FrozenBatchNorm3d(_Frozen, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` with its stored statistics."""
 
 
-_FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+_FROZEN: dict[type[nn.Module], type[_Frozen]] = {
     nn.BatchNorm1d: FrozenBatchNorm1d,
     nn.BatchNorm2d: FrozenBatchNorm2d,
     nn.BatchNorm3d: FrozenBatchNorm3d,

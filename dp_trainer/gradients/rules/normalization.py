@@ -69,8 +69,8 @@ def batch_norm(
     data = input.detach()
 
     def channel_sums(product: Tensor) -> Materialized:
-        sums_BC = call.sum_by_sample(product.flatten(2).sum(2, dtype=accumulation_dtype(product)))
-        return Materialized(sums_BC)
+        product_RCX = product.reshape(*product.shape[:2], -1)
+        return Materialized(call.sum_by_sample(product_RCX.sum(2, dtype=accumulation_dtype(product))))
 
     def scaled(grad: Tensor) -> Materialized:
         return channel_sums(grad * F.batch_norm(data, running_mean, running_var, eps=eps))
