@@ -15,7 +15,7 @@ from torch.overrides import resolve_name
 from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.derived import Derived
 from dp_trainer.gradients.forms import Form, Materialized
-from dp_trainer.gradients.rows import RowLayout
+from dp_trainer.gradients.layouts import AxisLayout, Layout, RowLayout, sample_major
 from dp_trainer.gradients.rules.base import FormMaker
 
 
@@ -52,7 +52,7 @@ class CapturedCall:
         function: Callable[..., Any],
         known: Mapping[int, Derived],
         rooted: Sequence[Derived],
-        rows: tuple[bool, RowLayout | None],
+        rows: tuple[bool, Layout | None],
     ) -> None:
         self.batch_size = recorder.batch_size
         self._recorder = recorder
@@ -65,6 +65,17 @@ class CapturedCall:
         """Whether the value is a trainable parameter or derived from one."""
         entry = self._known.get(id(value))
         return entry is not None and bool(entry.roots)
+
+    @property
+    def sample_axis(self) -> int:
+        """The axis of the data that runs over the samples."""
+        if not self._rows_known or isinstance(self._layout, RowLayout):
+            self.refuse("its data's rows were picked or reordered")
+        return self._layout.axis if self._layout is not None else 0
+
+    def repeats_batch(self, tensor: Tensor) -> bool:
+        """Whether the forward pass gave a tracked tensor a first axis that may run over the samples."""
+        return self._known[id(tensor)].batch_first
 
     def is_data(self, value: object) -> bool:
         """Whether the value is a tensor that may hold sample data."""
@@ -137,38 +148,55 @@ class CapturedCall:
         stacked.register_hook(record)  # type: ignore[no-untyped-call]
         return list(stacked.unbind())
 
+    def own_places(self, tensor: Tensor, axis: int) -> Tensor:
+        """A tracked tensor with an axis over the samples; what arrives there is each sample's gradient.
+
+        Only for operations that pair place r of the axis with row r of the data.
+        """
+        derived, rows = self._known[id(tensor)], tensor.shape[axis]
+        if rows % self.batch_size:
+            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no axis over the samples")
+        copy = tensor.detach().requires_grad_()
+
+        def record(grad: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                samples_R = sample_major(rows, self.batch_size, grad.device)
+                own_BR = samples_R == torch.arange(self.batch_size, device=grad.device)[:, None]
+                rows_first = grad.detach().movedim(axis, 0)
+                apart = rows_first * own_BR.view(*own_BR.shape, *[1] * (grad.ndim - 1))
+                self._recorder.record(derived, Materialized(apart.movedim(1, axis + 1)))
+
+        copy.register_hook(record)  # type: ignore[no-untyped-call]
+        return copy
+
     def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""
-        derived, rows, axes = self._known[id(tensor)], shape[0] if shape else 0, len(shape)
-        layout = self._layout
-        by_layout = layout is not None and rows == len(layout)
-        aligned = derived.batch_first and tensor.ndim == axes and tensor.shape[0] == rows != 1
-        spreadable = tensor.ndim < axes or (tensor.ndim == axes and tensor.shape[0] == 1)
-        uneven = bool(rows % self.batch_size) and not by_layout
-        if not self._rows_known or not rows or uneven or not (aligned or spreadable) or (aligned and layout):
+        derived, axes, layout = self._known[id(tensor)], len(shape), self._layout
+        axis = layout.axis if isinstance(layout, AxisLayout) else 0
+        rows = shape[axis] if axes > axis else 0
+        padded = (*[1] * (axes - tensor.ndim), *tensor.shape)
+        aligned = derived.batch_first and tensor.ndim == axes and layout is None and padded[0] == rows != 1
+        spreadable = tensor.ndim <= axes and axes > axis and padded[axis] == 1
+        placed = layout.fits(shape) if layout is not None else not rows % self.batch_size
+        if not self._rows_known or not rows or not placed or not (aligned or spreadable):
             self.refuse(
                 f"parameters of shape {tuple(tensor.shape)} meet data of shape {tuple(shape)}, "
-                f"whose first axis does not run over the {self.batch_size} samples"
+                f"whose axis {axis} does not run over the {self.batch_size} samples"
             )
-        inner = tensor.shape if tensor.ndim < axes else tensor.shape[1:]
         if aligned:
             copy = tensor.detach()
         else:
-            copy = (
-                tensor.detach()
-                .reshape(1, *[1] * (axes - 1 - len(inner)), *inner)
-                .expand(rows, *[-1] * (axes - 1))
-            )
+            copy = tensor.detach().reshape(padded).expand(*padded[:axis], rows, *padded[axis + 1 :])
 
         def record(grad: Tensor) -> None:
             with torch._C.DisableTorchFunction():
                 if aligned:
                     gradients = self._split(grad.detach())
-                elif by_layout:
-                    assert layout is not None
+                elif isinstance(layout, RowLayout):
                     gradients = layout.sum_by_sample(grad.detach()).reshape(self.batch_size, *tensor.shape)
                 else:
-                    gradients = self._split(grad.detach()).sum(1).reshape(self.batch_size, *tensor.shape)
+                    rows_first = self._split(grad.detach().movedim(axis, 0))
+                    gradients = rows_first.sum(1).reshape(self.batch_size, *tensor.shape)
                 self._recorder.record(derived, Materialized(gradients), aligned=aligned)
 
         if not copy.is_floating_point():
@@ -188,16 +216,14 @@ class CapturedCall:
         """A tensor with sample-major rows as (B, rows of a sample, …)."""
         return tensor.reshape(self.batch_size, tensor.shape[0] // self.batch_size, *tensor.shape[1:])
 
-    def _row_layout(self, tensor: Tensor) -> RowLayout | None:
+    def _row_layout(self, tensor: Tensor) -> Layout | None:
         """The layout of a tensor that runs over this call's rows; None where they are sample-major."""
         if not self._rows_known:
             self.refuse("its data's rows were reordered in a way that could not be followed")
         if self._layout is None:
             return None
-        if not tensor.ndim or tensor.shape[0] != len(self._layout):
-            self.refuse(
-                f"a tensor of shape {tuple(tensor.shape)} does not run over the {len(self._layout)} picked rows"
-            )
+        if not self._layout.fits(tensor.shape):
+            self.refuse(f"it is not known where the samples are in a tensor of shape {tuple(tensor.shape)}")
         return self._layout
 
 

@@ -249,7 +249,8 @@ class CaptureMode(TorchFunctionMode):
                 if entry is None or (not entry.roots and value.requires_grad):
                     has_data = True
                     if (
-                        value.requires_grad
+                        torch.is_grad_enabled()
+                        and value.requires_grad
                         and value.is_leaf
                         and id(value) not in self._opened
                         and entry is None
@@ -286,7 +287,8 @@ class CaptureMode(TorchFunctionMode):
                 if self._meets_batch(output, value):
                     return True
             elif isinstance(value, Tensor) and value.ndim and output.ndim:
-                made = id(value) in self._known and id(value) not in self._from_model
+                entry = self._known.get(id(value))
+                made = entry is not None and not entry.roots and id(value) not in self._from_model
                 if made and value.shape[0] == output.shape[0] > 1:
                     return True
         return False

@@ -45,6 +45,8 @@ def describe(
     roots = tuple(dict.fromkeys(name for derived in rooted for name in derived.roots))
     base = rooted[0] if len(rooted) == 1 else None
     inherited = batch_first or any(derived.batch_first for derived in rooted)
+    if func in _REPEATING and output.ndim and output.shape[0] > rooted[0].tensor.shape[:1].numel():
+        inherited = True
     general = Derived(output, roots, Link.GENERAL, batch_first=inherited)
     if base is None:
         return general

@@ -1,10 +1,11 @@
-"""Which sample each row of a tensor belongs to, where a model reorders rows.
+"""Follows where the samples are, from one call on sample data to the next.
 
 Tensors of sample data begin with a sample-major axis, as a rule. Mixtures of
 experts break it: they pick the tokens of one expert, or sort all tokens by
 expert. So picks and sorts along the first axis are followed, and what is made
 row by row from their results belongs to the same samples. What cannot be
 followed is marked, and an operation rule that needs its samples is refused.
+Older models also work time first: a transpose moves the samples to another axis.
 
 Axes: R row, B sample, T position within a sample, K any trailing axes.
 """
@@ -18,8 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dp_trainer.gradients.layouts import AxisLayout, Layout, RowLayout, sample_major
+
 _PICKING = frozenset({Tensor.__getitem__, torch.index_select, Tensor.index_select})
 _SORTING = frozenset({torch.sort, Tensor.sort, torch.argsort, Tensor.argsort})
+_TRANSPOSING = frozenset(
+    {
+        *(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, Tensor.t, torch.t),
+        *(torch.permute, Tensor.permute, torch.movedim, Tensor.movedim, Tensor.T.__get__),  # type: ignore[attr-defined]
+    }
+)
 # The result has the rows of what is written into, whatever is written.
 _WRITING = frozenset(
     {
@@ -31,60 +40,8 @@ _WRITING = frozenset(
     }
 )
 _JOINING = frozenset({torch.cat, torch.concat, torch.concatenate})
+_RESHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.tensor_split})
-
-
-class RowLayout:
-    """The samples of a tensor's rows.
-
-    Args:
-        samples_R: The sample of each row, (R,), integers in [0, batch_size).
-        batch_size: B.
-    """
-
-    def __init__(self, samples_R: Tensor, batch_size: int) -> None:
-        self.samples_R = samples_R
-        self._batch_size = batch_size
-        self._slots: tuple[Tensor, int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples_R)
-
-    def by_sample(self, tensor_RK: Tensor) -> Tensor:
-        """Returns the rows as (B, T, …): each sample's own in their order, then zeros up to the longest."""
-        slots_R, longest = self._places()
-        laid_out = tensor_RK.new_zeros(self._batch_size * longest, *tensor_RK.shape[1:])
-        laid_out.index_copy_(0, slots_R, tensor_RK)
-        return laid_out.view(self._batch_size, longest, *tensor_RK.shape[1:])
-
-    def sum_by_sample(self, tensor_RK: Tensor) -> Tensor:
-        """Returns the sum of each sample's rows, (B, …)."""
-        sums = tensor_RK.new_zeros(self._batch_size, *tensor_RK.shape[1:])
-        return sums.index_add_(0, self.samples_R, tensor_RK)
-
-    def is_sample_major(self) -> bool:
-        """Whether the rows stand in the order of the samples, equally many of each."""
-        share, rest = divmod(len(self), self._batch_size)
-        expected = sample_major(len(self), self._batch_size, self.samples_R.device)
-        return share > 0 and not rest and torch.equal(self.samples_R, expected)
-
-    def _places(self) -> tuple[Tensor, int]:
-        """Where each row goes in the flattened (B, T) layout, and T."""
-        if self._slots is None:
-            counts_B = torch.bincount(self.samples_R, minlength=self._batch_size)
-            longest = max(1, int(counts_B.max()))
-            order_R = torch.argsort(self.samples_R, stable=True)
-            firsts_B = counts_B.cumsum(0) - counts_B
-            ranks_R = torch.empty_like(order_R)
-            ranks_R[order_R] = torch.arange(len(self), device=order_R.device)
-            ranks_R = ranks_R - firsts_B[self.samples_R]
-            self._slots = self.samples_R * longest + ranks_R, longest
-        return self._slots
-
-
-def sample_major(rows: int, batch_size: int, device: torch.device) -> Tensor:
-    """Returns the samples of rows in their ordinary order, (R,)."""
-    return torch.arange(rows, device=device) // max(1, rows // batch_size)
 
 
 class RowFollower:
@@ -99,14 +56,14 @@ class RowFollower:
         # None stands for rows that could not be followed. Weak: it must not keep activations alive.
         self._layouts: Any = WeakTensorKeyDictionary()
 
-    def layout(self, arguments: Any) -> tuple[bool, RowLayout | None]:
+    def layout(self, arguments: Any) -> tuple[bool, Layout | None]:
         """Returns whether the rows can be told, and their layout: None where they are sample-major."""
         layouts = [self._layouts[t] for t in _tensors(arguments) if t in self._layouts]
         if not layouts:
             return True, None
         first = layouts[0]
         for other in layouts[1:]:
-            if first is None or other is None or not torch.equal(first.samples_R, other.samples_R):
+            if first is None or not first.agrees(other):
                 return False, None
         return first is not None, first
 
@@ -117,7 +74,15 @@ class RowFollower:
         if of_data and func in _SORTING and args[0].ndim == 1:
             self._note_sort(args[0], result)
             return
-        if not self._layouts or func in _WRITING:
+        if of_data and func in _TRANSPOSING and self._note_transpose(args[0], result):
+            return
+        if not self._layouts:
+            return
+        if func in _WRITING:
+            if func is Tensor.__setitem__:
+                self._note_put(*args)
+            return
+        if func is torch.einsum and self._note_einsum(args, result):
             return
         if func in _JOINING and self._note_join(args, kwargs, result):
             return
@@ -125,14 +90,19 @@ class RowFollower:
         if known and layout is None:
             return
         outputs = list(_tensors((result,)))
+        if isinstance(layout, AxisLayout) and func in _RESHAPING:
+            layout = layout.reshaped(result.shape) or layout
         if layout is not None and func in _SPLITTING and self._note_split(layout, outputs):
             return
         for output in outputs:
             self._note(output, layout)
 
-    def _note(self, output: Tensor, layout: RowLayout | None) -> None:
+    def _note(self, output: Tensor, layout: Layout | None) -> None:
         """Gives an output its rows' samples; one whose rows differ in number is marked."""
-        if layout is not None and _has_rows(output, len(layout)):
+        if isinstance(layout, AxisLayout):
+            if layout.fits(output.shape):
+                self._layouts[output] = layout
+        elif layout is not None and _has_rows(output, len(layout)):
             self._layouts[output] = layout
         elif output.is_floating_point() and output.ndim and (layout is None or not layout.is_sample_major()):
             self._layouts[output] = None
@@ -144,9 +114,9 @@ class RowFollower:
             key = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
             if key is None and isinstance(args[1], tuple) and len(args[1]) > 1:
                 key = args[1][1]
-            if isinstance(key, slice) and source in self._layouts and self._layouts[source] is not None:
-                samples_R = self._layouts[source].samples_R[key]
-                self._layouts[result] = RowLayout(samples_R, self._batch_size)
+            rows = self._layouts.get(source)
+            if isinstance(key, slice) and isinstance(rows, RowLayout):
+                self._layouts[result] = RowLayout(rows.samples_R[key], self._batch_size)
                 return True
         else:
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -155,6 +125,8 @@ class RowFollower:
                 return False
         if not isinstance(key, Tensor) or not key.ndim or not source.ndim:
             return False
+        if isinstance(self._layouts.get(source), AxisLayout):
+            return self._note_pick_by_axes(source, args[1], result)
         samples_R = self._samples(source)
         if samples_R is None:
             if source in self._layouts:
@@ -169,6 +141,67 @@ class RowFollower:
         with torch.no_grad():
             self._layouts[result] = RowLayout(samples_R[index_N.detach()], self._batch_size)
         return True
+
+    def _note_pick_by_axes(self, source: Tensor, keys: Any, result: Tensor) -> bool:
+        """Notes a pick by one index tensor for each leading axis: the samples' own tells the rows."""
+        layout = self._layouts[source]
+        keys = keys if isinstance(keys, tuple) else (keys,)
+        if len(keys) <= layout.axis or not all(isinstance(k, Tensor) and k.ndim == 1 for k in keys):
+            return False
+        rows = layout.lead[layout.axis]
+        samples_R = sample_major(rows, self._batch_size, source.device)[keys[layout.axis]]
+        self._layouts[result] = RowLayout(samples_R, self._batch_size)
+        return True
+
+    def _note_put(self, target: Tensor, keys: Any, value: Any) -> None:
+        """Notes where the samples are in a tensor that rows are written into, by one index for each axis."""
+        layout = self._layouts.get(value) if isinstance(value, Tensor) else None
+        indexed = isinstance(keys, tuple) and all(isinstance(k, Tensor) and k.ndim == 1 for k in keys)
+        if not indexed or not isinstance(layout, RowLayout) or target in self._layouts:
+            return
+        places = []
+        for axis, key in enumerate(keys):
+            rows = target.shape[axis]
+            if rows and not rows % self._batch_size:
+                samples_R = sample_major(rows, self._batch_size, key.device)[key]
+                places += [axis] if torch.equal(samples_R, layout.samples_R) else []
+        if 0 not in places:
+            known = len(places) == 1
+            self._layouts[target] = (
+                AxisLayout(target.shape[: places[0] + 1], self._batch_size) if known else None
+            )
+
+    def _note_transpose(self, source: Tensor, result: Tensor) -> bool:
+        """Notes where a permutation of axes moves the samples' axis; returns whether it was followed."""
+        layout = self._layouts.get(source)
+        if isinstance(layout, RowLayout) or (layout is None and source in self._layouts):
+            return False
+        axis = 0 if layout is None else layout.axis
+        if source.ndim <= axis or not source.shape[axis] or source.shape[axis] % self._batch_size:
+            return False
+        places = [i for i, size in enumerate(result.shape) if size == source.shape[axis]]
+        strides = [i for i in places if result.stride(i) == source.stride(axis)]
+        if result.ndim != source.ndim or len(strides) != 1:
+            return False
+        if strides[0] > 0:
+            self._layouts[result] = AxisLayout(result.shape[: strides[0] + 1], self._batch_size)
+        return True
+
+    def _note_einsum(self, args: Any, result: Tensor) -> bool:
+        """Notes the axis of the samples' letter in the result; returns whether it was followed."""
+        operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+        inputs, arrow, output = args[0].replace(" ", "").partition("->")
+        letters = set()
+        for term, operand in zip(inputs.split(","), operands, strict=True):
+            layout = self._layouts.get(operand)
+            if isinstance(layout, AxisLayout):
+                letters.add(term[layout.axis])
+        if not arrow or "." in args[0] or len(letters) != 1:
+            return False
+        place = output.find(letters.pop())
+        if place > 0:
+            self._layouts[result] = AxisLayout(result.shape[: place + 1], self._batch_size)
+        return bool(place >= 0)
 
     def _note_sort(self, source: Tensor, result: Any) -> None:
         """Notes a sort of one axis: values and indices belong to the samples that they came from."""
@@ -185,14 +218,16 @@ class RowFollower:
         tensors = args[0] if args else kwargs["tensors"]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         layouts = [self._layouts.get(tensor) for tensor in tensors]
-        if not result.ndim or dim % result.ndim or any(layout is None for layout in layouts):
+        if not result.ndim or dim % result.ndim or not all(isinstance(t, RowLayout) for t in layouts):
             return False
         samples_R = torch.cat([layout.samples_R for layout in layouts])
         self._layouts[result] = RowLayout(samples_R, self._batch_size)
         return True
 
-    def _note_split(self, layout: RowLayout, outputs: list[Tensor]) -> bool:
+    def _note_split(self, layout: Layout, outputs: list[Tensor]) -> bool:
         """Notes the pieces of a split along the rows; returns whether it was one."""
+        if not isinstance(layout, RowLayout):
+            return False
         lengths = [output.shape[0] if output.ndim else 0 for output in outputs]
         if all(length == len(layout) for length in lengths) or sum(lengths) != len(layout):
             return False
@@ -204,7 +239,7 @@ class RowFollower:
         """The samples of the rows of ``source``; None where they cannot be told."""
         if source in self._layouts:
             layout = self._layouts[source]
-            return None if layout is None else layout.samples_R
+            return layout.samples_R if isinstance(layout, RowLayout) else None
         rows = source.shape[0]
         if not rows or rows % self._batch_size:
             return None

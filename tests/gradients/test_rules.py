@@ -168,6 +168,60 @@ def _relative_keys(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
     return x @ F.linear(positions, m.w).transpose(1, 2)
 
 
+def _time_first(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """Layers on (T, B, D), with as many positions as samples in one of the tests."""
+    hidden = F.embedding(ids.transpose(0, 1), m.e) + x.permute(1, 0, 2)
+    hidden = F.layer_norm(hidden, (D,), m.s) + m.p[:, None]
+    hidden = torch.tanh(F.linear(hidden, m.w, m.b) * m.s)
+    heads = hidden.view(T, len(x), 2, D // 2) + m.q
+    scores = torch.einsum("ibnd,jbnd->bnij", heads, hidden.view(T, len(x), 2, D // 2))
+    mixed = torch.einsum("bnij,jbnd->ibnd", torch.softmax(scores, -1), heads)
+    return torch.einsum("ibnd,hnd->ibh", mixed, m.o).transpose(0, 1) + F.linear(hidden, m.w).transpose(1, 0)
+
+
+def _heads_first(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    heads = x.reshape(len(x), T, 2, D // 2).permute(2, 0, 3, 1)
+    return (m.w[:, None] @ heads).transpose(0, 1).reshape(len(x), -1)
+
+
+def _tokens_of_time_first(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """Rows picked out of (T, B, D) by one index for each axis."""
+    hidden, (position, sample) = x.transpose(0, 1), torch.where((ids > 6).transpose(0, 1))
+    picked = F.linear(hidden[position, sample], m.w, m.b).tanh()
+    return torch.zeros_like(x).index_put((sample, position), picked) + x * m.b
+
+
+def _positions_by_all_samples_at_once(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """(T, B, D) times a table for each position, made of parameters."""
+    return torch.matmul(x.transpose(0, 1), (m.w * 2).transpose(-2, -1)).transpose(0, 1)
+
+
+def _positions_for_every_sample(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    """A table of positions, repeated for every sample on the second axis, meets data on (T, B, D)."""
+    positions = torch.linspace(-1, 1, 3 * D, dtype=x.dtype).view(3, 1, D).expand(-1, len(x), -1)
+    keys = torch.einsum("ibh,hnd->ibnd", positions, m.w)
+    heads = x.transpose(0, 1).view(T, len(x), 2, D // 2)
+    return torch.einsum("ibnd,jbnd->bnij", heads, keys)
+
+
+def _merged_heads_of_time_first(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    heads = x.transpose(0, 1).contiguous().view(T, len(x) * 2, D // 2)
+    mixed = torch.softmax(heads.transpose(0, 1) @ heads.permute(1, 2, 0), -1) @ heads.transpose(0, 1)
+    return F.linear(mixed.transpose(0, 1).reshape(T, len(x), D), m.w, m.b).transpose(0, 1)
+
+
+def _rows_put_into_time_first(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    sample, position = torch.where(ids > 6)
+    chosen = x.new_zeros(T, len(x), D)
+    chosen[position, sample] = x[sample, position]
+    return F.linear(chosen, m.w, m.b).transpose(0, 1) + x
+
+
+def _repeated_keys(m: Toy, x: Tensor, ids: Tensor) -> Tensor:
+    heads = x.view(len(x), T, 2, D // 2).transpose(1, 2).reshape(-1, T, D // 2)
+    return torch.bmm(heads, m.w.repeat(len(x), 1, 1).transpose(-1, -2)).reshape(len(x), -1)
+
+
 def _recurrent(layer: nn.Module) -> Callable[..., Tensor]:
     """A layer whose weights are the toy's parameters, by position."""
 
@@ -263,6 +317,14 @@ RULE_CASES = (
     RuleCase("relative-keys", W, _relative_keys),
     RuleCase("batch-norm-with-stored-statistics", {"w": (T,), "b": (T,)}, lambda m, x, i: F.batch_norm(x, MEANS, MEANS.exp(), m.w, m.b)),
     RuleCase("batch-norm-two-axes", {"w": (D,), "b": (D,)}, lambda m, x, i: F.batch_norm(x[:, 0], torch.zeros(D).double(), torch.ones(D).double(), m.w, m.b)),
+    RuleCase("time-first", {"e": (V, D), "s": (D,), "p": (T, D), "w": (D, D), "b": (D,), "q": (2, D // 2), "o": (D, 2, D // 2)}, _time_first),
+    RuleCase("heads-first", {"w": (2, 3, D // 2)}, _heads_first),
+    RuleCase("tokens-of-time-first", {"w": (D, D), "b": (D,)}, _tokens_of_time_first),
+    RuleCase("positions-by-all-samples-at-once", {"w": (T, 3, D)}, _positions_by_all_samples_at_once),
+    RuleCase("positions-for-every-sample", {"w": (D, 2, D // 2)}, _positions_for_every_sample),
+    RuleCase("merged-heads-of-time-first", {"w": (D, D), "b": (D,)}, _merged_heads_of_time_first),
+    RuleCase("rows-put-into-time-first", {"w": (D, D), "b": (D,)}, _rows_put_into_time_first),
+    RuleCase("repeated-keys", {"w": (2, 5, D // 2)}, _repeated_keys),
     RuleCase("embedding-bag", {"w": (V, D)}, lambda m, x, i: F.embedding_bag(i, m.w, mode="mean")[:, None] * x),
     RuleCase("lstm", _shapes_of(LSTM), _recurrent(LSTM)),
     RuleCase("gru", _shapes_of(GRU), _recurrent(GRU)),
@@ -345,7 +407,7 @@ REFUSED = {
     "einsum-samples-behind": (
         {"w": (D, D)},
         lambda m, x, i: torch.einsum("btd,de->tbe", x, m.w).transpose(0, 1),
-        "first letter",
+        "does not begin",
     ),
     "rows-lost": (
         {"w": (D, D)},

@@ -46,6 +46,13 @@ class Call(Protocol):
     def is_tracked(self, value: object) -> bool:
         """Whether the value is a trainable parameter or derived from one."""
 
+    @property
+    def sample_axis(self) -> int:
+        """The axis of the data that runs over the samples."""
+
+    def repeats_batch(self, tensor: Tensor) -> bool:
+        """Whether the forward pass gave a tracked tensor a first axis that may run over the samples."""
+
     def is_data(self, value: object) -> bool:
         """Whether the value is a tensor that may hold sample data."""
 
@@ -69,6 +76,9 @@ class Call(Protocol):
 
     def copies(self, tensor: Tensor) -> list[Tensor]:
         """One copy of a tracked tensor for each sample; what arrives at copy b is sample b's gradient."""
+
+    def own_places(self, tensor: Tensor, axis: int) -> Tensor:
+        """A tracked tensor with an axis over the samples; what arrives there is each sample's gradient."""
 
     def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
         """A tracked tensor expanded over the samples, ready to broadcast to ``shape``."""

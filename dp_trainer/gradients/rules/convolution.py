@@ -33,7 +33,7 @@ def convolution(
     axes = weight.ndim - 2
     if call.is_tracked(input):
         call.refuse("its input is made from parameters while its weight holds sample data")
-    if input.ndim != axes + 2 or input.shape[0] % call.batch_size:
+    if input.ndim != axes + 2 or call.sample_axis or input.shape[0] % call.batch_size:
         call.refuse(f"its input of shape {tuple(input.shape)} has no sample axis of {call.batch_size}")
     settings = (stride, padding, dilation, groups)
     output = _FUNCTIONS[axes](input, call.value(weight), call.value(bias), *settings)

@@ -56,6 +56,8 @@ def batched_product(call: Call, input: Tensor, mat2: Tensor) -> Tensor:  # noqa:
     """``input`` (E, R, D) times a stack of weights (E, D, P): all experts at once, rows sample-major."""
     if call.is_tracked(input) or not call.is_tracked(mat2):
         call.refuse("only sample data times a stack of weights on its right is known")
+    if call.repeats_batch(mat2) and call.sample_axis == 0:
+        return torch.bmm(input, call.per_sample_copy(mat2, (input.shape[0], 1, 1)))
     return call.watch(torch.bmm(input, call.value(mat2)), (mat2, _stack_of_products(call, input, mat2)))
 
 

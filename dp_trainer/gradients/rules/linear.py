@@ -12,6 +12,7 @@ from torch import Tensor
 from dp_trainer.gradients.forms import Materialized, OuterProduct
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.rules.base import Call, operation_rule
+from dp_trainer.gradients.rules.experts import batched_product
 
 
 @operation_rule(F.linear)
@@ -68,7 +69,12 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
     data = input if call.is_tracked(other) else other
     if data.ndim < 3 or input.ndim < 2 or other.ndim < 2:
         call.refuse("a weight on this side of a product without a batch axis has no known sample axis")
-    shape = (data.shape[0], *[1] * (max(input.ndim, other.ndim) - 1))
+    axis = call.sample_axis
+    if axis == 1 and data is input and input.ndim == other.ndim == 3 and other.shape[0] == input.shape[0] > 1:
+        return batched_product(call, input, other)
+    if axis >= data.ndim - 2 or max(input.ndim, other.ndim) != data.ndim:
+        call.refuse("the samples are in one of the two axes that it multiplies")
+    shape = (*data.shape[: axis + 1], *[1] * (data.ndim - axis - 1))
     return torch.matmul(
         *(call.per_sample_copy(t, shape) if call.is_tracked(t) else t for t in (input, other))
     )

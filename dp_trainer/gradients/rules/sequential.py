@@ -91,27 +91,32 @@ def instance_norm(
 
 @operation_rule(torch.einsum)
 def einsum(call: Call, equation: str, *operands: Any) -> Tensor:
-    """A sum of products whose data operands and result share their first letter, the sample axis."""
+    """A sum of products whose data operands share the letter of the sample axis, and keep it in the result."""
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    data = [term for term, operand in zip(terms, operands, strict=True) if not call.is_tracked(operand)]
-    letter = output[:1]
-    shared = all(term.startswith(letter) and term.count(letter) == 1 for term in (*data, output))
-    own = all(letter not in term for term in terms if term not in data)
-    if "." in equation or not arrow or not letter or not shared or not own:
-        call.refuse(f"the sample axis of '{equation}' is not the first letter of all its data and its result")
-    rows = next(o.shape[0] for o in operands if not call.is_tracked(o))
+    data = [(t, o) for t, o in zip(terms, operands, strict=True) if not call.is_tracked(o)]
+    axis = call.sample_axis
+    letter = data[0][0][axis : axis + 1]
+    shared = all(term[axis : axis + 1] == letter and term.count(letter) == 1 for term, _ in data)
+    if "." in equation or not arrow or not letter or not shared or letter not in output:
+        call.refuse(f"the sample axis of '{equation}' is not the same letter of all its data and its result")
+    if axis == 0 and not output.startswith(letter):
+        call.refuse(f"the result of '{equation}' does not begin with the sample axis")
+    rows = data[0][1].shape[axis]
     if rows % call.batch_size:
-        call.refuse(f"the first axis of its data has {rows} rows for {call.batch_size} samples")
+        call.refuse(f"the axis '{letter}' of its data has {rows} rows for {call.batch_size} samples")
     spread_terms, spread = [], []
     for term, operand in zip(terms, operands, strict=True):
-        tracked = call.is_tracked(operand)
-        spread_terms.append(letter + term if tracked else term)
-        spread.append(
-            torch.stack(call.copies(operand)).repeat_interleave(rows // call.batch_size, 0)
-            if tracked
-            else operand
-        )
+        if not call.is_tracked(operand):
+            own_term, own = term, operand
+        elif letter in term:
+            # It was made for every sample, and meets each one's own data only.
+            own_term, own = term, call.own_places(operand, term.index(letter))
+        else:
+            copies = torch.stack(call.copies(operand))
+            own_term, own = letter + term, copies.repeat_interleave(rows // call.batch_size, 0)
+        spread_terms.append(own_term)
+        spread.append(own)
     return torch.einsum(f"{','.join(spread_terms)}->{output}", *spread)
