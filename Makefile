@@ -17,7 +17,7 @@ DEV     := $(VENV)/installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format bench clean
+.PHONY: help quickstart test test-slow lint format zoo adapters precision bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,15 @@ lint: $(DEV)  ## Check format, style and types
 format: $(DEV)  ## Rewrite the files in the one format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+zoo: $(DEV)  ## Hold every architecture of transformers against one sample at a time; writes docs/coverage.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.zoo --jobs $(JOBS) --write docs/coverage.md
+
+adapters: $(DEV)  ## The same for the methods of PEFT; writes docs/peft.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore -m adapters --write docs/peft.md
+
+precision: $(DEV)  ## Measure norms in bfloat16; writes docs/precision.md
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/precision.py --write docs/precision.md
 
 bench: $(DEV)  ## Time private against ordinary training steps
 	$(BIN)/python scripts/benchmark.py

@@ -182,6 +182,8 @@ class CaptureMode(TorchFunctionMode):
         self._from_model = frozenset(self._known)
         # Sample data that the model itself made a leaf, as for checkpointing over frozen embeddings.
         self._opened: dict[int, Tensor] = {}
+        # Leaves that the forward pass made of tensors without sample data, as nn.Parameter(weight.T) does.
+        self._copied: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._rows = RowFollower(self.batch_size)
 
@@ -219,6 +221,9 @@ class CaptureMode(TorchFunctionMode):
         """Drops every tensor that the mode keeps alive."""
         self._known.clear()
         self._opened.clear()
+        for leaf in self._copied:
+            leaf.requires_grad_(True)
+        self._copied.clear()
         self._rows = RowFollower(self.batch_size)
 
     # What a call asks of the capture.
@@ -244,7 +249,7 @@ class CaptureMode(TorchFunctionMode):
         has_data = False
         for value in values:
             if isinstance(value, Tensor):
-                entry = self._known.get(id(value))
+                entry = self._known.get(id(value)) or self._copied_leaf(value)
                 # A constant that needs a gradient was written to with sample data.
                 if entry is None or (not entry.roots and value.requires_grad):
                     has_data = True
@@ -264,6 +269,20 @@ class CaptureMode(TorchFunctionMode):
             elif isinstance(value, list | tuple):
                 has_data |= self._sort(func, value, rooted)
         return has_data
+
+    def _copied_leaf(self, value: Tensor) -> Derived | None:
+        """Takes a new leaf with the values of a parameter or constant, as ``nn.Parameter(weight.T)``, for a constant.
+
+        No gradient passes from it to the parameter, with or without the capture.
+        """
+        if not (value.requires_grad and value.is_leaf) or id(value) in self._opened:
+            return None
+        storage = value.untyped_storage()._cdata
+        if all(entry.tensor.untyped_storage()._cdata != storage for entry in self._known.values()):
+            return None
+        self._copied.append(value.requires_grad_(False))
+        self._known[id(value)] = Derived(value, ())
+        return self._known[id(value)]
 
     def _run_derived(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
         versions = [derived.tensor._version for derived in rooted]

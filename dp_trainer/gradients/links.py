@@ -65,11 +65,11 @@ def describe(
     if picked and isinstance(args[1], Tensor) and args[1].dtype == torch.long and args[1].ndim > 0:
         rows = args[1] % base.tensor.shape[0]
         return Derived(output, roots, Link.ROWS, base, rows=rows, batch_first=args[1].ndim > 1)
-    if func is F.embedding and len(args) == 2 and args[1] is base.tensor and base.tensor.ndim == 2:
+    if func is F.embedding and len(args) <= 3 and args[1] is base.tensor and base.tensor.ndim == 2:
         first_axis = args[0].ndim > 1
         if any(kwargs.get(flag) for flag in ("max_norm", "scale_grad_by_freq", "sparse")):
             return dataclasses.replace(general, batch_first=first_axis)
-        padding = kwargs.get("padding_idx")
+        padding = args[2] if len(args) > 2 else kwargs.get("padding_idx")
         padding_row = None if padding is None else padding % base.tensor.shape[0]
         return Derived(
             output, roots, Link.ROWS, base, rows=args[0], padding_row=padding_row, batch_first=first_axis

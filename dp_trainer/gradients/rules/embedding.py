@@ -33,6 +33,10 @@ def embedding(
         call.refuse("scale_grad_by_freq couples samples: one's gradient depends on the others' words")
     if sparse:
         call.refuse("sparse=True gives gradients that show which rows the samples used")
+    if input.ndim > 1 and input.shape[0] == 1 != call.batch_size:
+        # One row of indices for all samples, as of positions or of a prompt. No gradient passes through
+        # integers, so what is looked up depends on the table alone.
+        return call.derive(F.embedding, input, weight, padding_idx)  # type: ignore[no-any-return]
     rows = weight.shape[0]
     rows_BT = call.by_sample(input.unsqueeze(-1)).squeeze(-1)
     padding_row = None if padding_idx is None else padding_idx % rows
