@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dp_trainer.errors import CertificateError, ConfigurationError, UnsupportedOperationError
-from dp_trainer.heads import HEADS, IGNORED_LABEL, WAY_OUT, Head, HeadSettings, LossTerms, head_of_class
+from dp_trainer.heads import CAUSAL_LM, HEADS, Head, head_of_class
+from dp_trainer.terms import IGNORED_LABEL, WAY_OUT, HeadSettings, LossTerms
 
 PerSampleLoss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 """Takes the model and one collated micro-batch, returns the samples' losses, (B,)."""
@@ -54,16 +55,23 @@ class HeadLoss:
         """Runs the model and returns the losses, (B,), in float32 at least."""
         return self.terms(model, micro_batch).per_sample
 
-    def terms(self, model: nn.Module, micro_batch: Mapping[str, Any]) -> LossTerms:
-        """Runs the model and returns each sample's sum over targets with its count of targets."""
+    def terms(self, model: nn.Module, micro_batch: Mapping[str, Any], *, as_model: bool = False) -> LossTerms:
+        """Runs the model and returns each sample's sum over targets with its count of targets.
+
+        With ``as_model``, by the rules of the model's own loss even where these
+        couple samples: for comparing the two, never for training.
+        """
         labels, inputs = self._split(model, micro_batch)
         outputs = model(**inputs)
         base = _base_model(model)
         settings = HeadSettings(
             place=f"{self.class_name} ({self.head.name})",
+            model=base,
+            inputs=inputs,
             label_smoothing=self.label_smoothing,
             problem_type=getattr(base.config, "problem_type", None),
             virtual_tokens=_virtual_tokens(model),
+            as_model=as_model,
         )
         return self.head.terms(outputs, labels, settings)
 
@@ -76,7 +84,8 @@ class HeadLoss:
             if not isinstance(value, Tensor):
                 raise ConfigurationError(
                     f"{self.class_name} ({self.head.name}) needs the column '{name}', and the micro-batch "
-                    f"has {sorted(micro_batch)}. Name it so in the dataset, or add it in the data collator."
+                    f"has {sorted(micro_batch)}. Name it so in the dataset, or add it in the data collator. "
+                    f"If the model is trained otherwise: {WAY_OUT}"
                 )
             labels[name] = value
         given = any(inputs.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
@@ -102,7 +111,9 @@ def per_sample_loss_for(model: nn.Module, *, label_smoothing: float = 0.0) -> He
     known = head_of_class()
     head = next((known[c.__name__] for c in type(base).__mro__ if c.__name__ in known), None)
     class_name = type(base).__name__
-    if head is None or (head.decodes and not getattr(base.config, "is_encoder_decoder", False)):
+    if head is not None and head.decodes and not getattr(base.config, "is_encoder_decoder", False):
+        head = CAUSAL_LM
+    if head is None:
         raise UnsupportedOperationError(
             f"{class_name}: no per-sample loss is known for this head. Known are: "
             f"{', '.join(h.name for h in HEADS)}. {WAY_OUT}"
@@ -172,7 +183,7 @@ def check_against_model_loss(
     model.eval()
     try:
         with torch.no_grad():
-            terms = unsmoothed.terms(model, micro_batch)
+            terms = unsmoothed.terms(model, micro_batch, as_model=True)
             outputs = model(**micro_batch)
     finally:
         for module, training in modes:
@@ -187,7 +198,7 @@ def check_against_model_loss(
         raise UnsupportedOperationError(
             f"{place}: the model computes no scalar loss to check against. {WAY_OUT}"
         )
-    own_loss, our_loss = float(own), float(terms.batch_mean)
+    own_loss, our_loss = float(own), float(terms.batch_loss)
     narrow = torch.finfo(terms.dtype).bits < 32
     tolerance = relative_tolerance if relative_tolerance is not None else (1e-2 if narrow else 1e-4)
     # Not "difference > bound": a NaN must not pass.

@@ -11,13 +11,16 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from dp_trainer.batches import split_micro_batch
 from dp_trainer.errors import CertificateError, ConfigurationError, UnsupportedOperationError
-from dp_trainer.heads import HEADS, LossTerms
+from dp_trainer.gradients.certificate import certify, without_padding
+from dp_trainer.heads import HEADS
 from dp_trainer.losses import (
     HeadLoss,
     check_against_model_loss,
     custom_loss,
     per_sample_loss_for,
 )
+from dp_trainer.privacy.clipping import FlatClipping
+from dp_trainer.terms import LossTerms
 
 VOCABULARY, CLASSES, LENGTH = 31, 5, 7
 WIDTH = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -46,6 +49,17 @@ RESNET = {
 }
 WHISPER = {**BART, "num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 20}
 VIDEO = {**VIT, "num_frames": 2, "tubelet_size": 1}
+HEARING = {
+    **TEXT, **WIDTH, "conv_dim": (8, 8), "conv_stride": (3, 2), "conv_kernel": (4, 3), "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+HEARING_FEATURES = {**TEXT, **WIDTH, "feature_projection_input_dim": 8, "conv_depthwise_kernel_size": 3}
+PARAKEET = {
+    **TEXT,
+    "encoder_config": {
+        **WIDTH, "num_mel_bins": 8, "subsampling_conv_channels": 4, "subsampling_factor": 4, "conv_kernel_size": 3,
+    },
+}  # fmt: skip
 AST = {**WIDTH, "num_mel_bins": 8, "max_length": 16, "patch_size": 4, "frequency_stride": 4, "time_stride": 4}
 
 
@@ -116,6 +130,24 @@ def spans():
         "start_positions": torch.tensor([0, 2, 1, 0]),
         "end_positions": torch.tensor([3, 4, 1, 1]),
     }
+
+
+def spoken():
+    """Raw sound of 60, 41, 50 and 33 samples, and transcripts of other lengths, one of them empty."""
+    mask_BT = torch.arange(60) < torch.tensor([60, 41, 50, 33])[:, None]
+    labels_BT = targets()[:, :4]
+    labels_BT[2] = -100
+    return {
+        "input_values": torch.randn(4, 60) * mask_BT,
+        "attention_mask": mask_BT.long(),
+        "labels": labels_BT,
+    }
+
+
+def spoken_features():
+    sound = spoken()
+    features = torch.randn(4, 60, 8) * sound["attention_mask"].unsqueeze(2)
+    return {"input_features": features, "attention_mask": sound["attention_mask"], "labels": sound["labels"]}
 
 
 def choices():
@@ -204,6 +236,10 @@ CASES = [
     Case("image classification", "ViTConfig", VIT, "ViTForImageClassification", images, LABELS),
     Case("image classification", "ResNetConfig", RESNET, "ResNetForImageClassification", images, LABELS),
     Case("video classification", "VideoMAEConfig", VIDEO, "VideoMAEForVideoClassification", videos, LABELS),
+    Case("CTC", "Wav2Vec2Config", HEARING, "Wav2Vec2ForCTC", spoken),
+    Case("CTC", "HubertConfig", HEARING, "HubertForCTC", spoken, {"ctc_loss_reduction": "mean"}),
+    Case("CTC", "Wav2Vec2BertConfig", HEARING_FEATURES, "Wav2Vec2BertForCTC", spoken_features),
+    Case("CTC", "ParakeetCTCConfig", PARAKEET, "ParakeetForCTC", spoken_features),
     Case("audio classification", "ASTConfig", AST, "ASTForAudioClassification", sounds, LABELS),
 ]  # fmt: skip
 BY_NAME = {str(case): case for case in CASES}
@@ -222,7 +258,9 @@ def test_losses_are_the_models_own_on_each_sample_alone(case):
     assert head_loss.head.name == case.head
     model.eval()
     losses_B = head_loss(model, batch)
-    own_B = torch.stack([model(**sample).loss for sample in split_micro_batch(batch)])
+    # A head's own span softmax runs over padding, and so is no model for a sample that has any.
+    alone = without_padding if case.head == "question answering" else dict
+    own_B = torch.stack([model(**alone(sample)).loss for sample in split_micro_batch(batch)])
     torch.testing.assert_close(losses_B, own_B, rtol=1e-5, atol=1e-5)
     assert losses_B.shape == (4,)
     assert losses_B.std() > 1e-3  # samples that all agree would hide an exchange
@@ -265,6 +303,182 @@ def test_a_sample_without_targets_has_loss_and_gradient_zero(name):
     assert (losses_B[[0, 1, 3]] > 0).all()
     losses_B[2].backward()
     assert all((p.grad is None or (p.grad == 0).all()) for p in model.parameters())
+
+
+SPANS = [case for case in CASES if case.head == "question answering"]
+
+
+@pytest.mark.parametrize(
+    ("case", "side"), [*((case, "right") for case in SPANS), (SPANS[0], "left")], ids=str
+)
+def test_padding_does_not_change_a_spans_loss_or_gradient(case, side):
+    model, batch = case.build()
+    model.eval()
+    head_loss = per_sample_loss_for(model)
+    padded = split_micro_batch(batch)[2]
+    if side == "left":
+        shift = int((padded["attention_mask"] == 0).sum())
+        padded |= {name: padded[name].roll(shift, 1) for name in ("input_ids", "attention_mask")}
+        padded |= {name: padded[name] + shift for name in head_loss.head.labels}
+        padded["position_ids"] = (padded["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    cut = without_padding(padded)
+    assert cut["input_ids"].shape == (1, 3)
+    for sample in (padded, cut):
+        model.zero_grad()
+        loss = head_loss(model, sample)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        if sample is padded:
+            padded_loss, padded_gradient = loss, gradient
+    torch.testing.assert_close(padded_loss, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(padded_gradient, gradient, rtol=1e-4, atol=1e-6)
+    assert (head_loss.terms(model, padded, as_model=True).per_sample - loss).abs() > 1e-2  # what is avoided
+
+
+def test_padded_spans_pass_the_certificate():
+    model, batch = SPANS[0].build()
+    model.train()
+    loss = per_sample_loss_for(model)
+    assert certify(model, batch, per_sample_loss=loss, clipping=FlatClipping(1.0)).norm_error < 1e-4
+
+    def over_padding(model, micro_batch):
+        return loss.terms(model, micro_batch, as_model=True).per_sample
+
+    with pytest.raises(CertificateError, match="padding"):
+        certify(model, batch, per_sample_loss=over_padding, clipping=FlatClipping(1.0))
+
+
+def test_a_span_in_padding_is_no_target():
+    model, batch = SPANS[0].build()
+    batch["end_positions"][3] = 4  # of a sample of two tokens
+    terms = per_sample_loss_for(model).terms(model, batch)
+    assert terms.counts_BG.tolist() == [[1, 1], [1, 1], [1, 1], [1, 0]]
+    assert terms.sums_BG[3, 1] == 0
+    assert (terms.per_sample < 100).all()
+    check_against_model_loss(model, batch, per_sample_loss_for(model))
+
+
+def test_a_sample_that_is_all_padding_has_loss_and_gradient_zero():
+    model, batch = SPANS[0].build()
+    batch["attention_mask"][1] = 0
+    loss = per_sample_loss_for(model)(model, batch)[1]
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+CTC = [case for case in CASES if case.head == "CTC"]
+
+
+@pytest.mark.parametrize("case", CTC, ids=str)
+def test_frames_of_padding_do_not_count_for_a_transcript(case):
+    model, batch = case.build()
+    model.eval()
+    head_loss = per_sample_loss_for(model)
+    given = head_loss(model, batch)
+
+    class Louder(nn.Module):
+        """Whatever the logits of padding are: those after the frames that a sample of 33 has."""
+
+        config = model.config
+
+        def get_base_model(self):
+            return model
+
+        def forward(self, **inputs):
+            outputs = model(**inputs)
+            frames = outputs.logits.shape[1]
+            outputs.logits[3, frames * 40 // 60 :] += 10 * torch.randn(VOCABULARY)
+            return outputs
+
+    torch.testing.assert_close(head_loss(Louder(), batch), given)
+    unmasked = {name: value for name, value in batch.items() if name != "attention_mask"}
+    assert (head_loss(model, unmasked) - given)[1:].abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_transcripts_are_summed_or_averaged_as_configured(reduction):
+    model, batch = CTC[0].build()
+    model.eval()
+    model.config.ctc_loss_reduction = "sum"
+    summed_B = per_sample_loss_for(model)(model, batch)
+    model.config.ctc_loss_reduction = reduction
+    check_against_model_loss(model, batch, per_sample_loss_for(model))
+    lengths_B = torch.tensor([2, 4, 1, 4]) if reduction == "mean" else torch.ones(4)
+    torch.testing.assert_close(per_sample_loss_for(model)(model, batch), summed_B / lengths_B)
+
+
+def test_labels_padded_with_the_blank():
+    model, batch = CTC[0].build()
+    model.eval()
+    given = per_sample_loss_for(model)(model, batch)
+    batch["labels"] = batch["labels"].clamp(min=model.config.pad_token_id)
+    torch.testing.assert_close(per_sample_loss_for(model)(model, batch), given)
+
+
+def test_a_transcript_longer_than_the_sound_hurts_that_sample_alone():
+    model, batch = CTC[0].build()
+    model.eval()
+    given = per_sample_loss_for(model)(model, batch)
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (0, 30), value=-100)
+    batch["labels"][1] = 5
+    losses_B = per_sample_loss_for(model)(model, batch)
+    assert losses_B[1] == float("inf")
+    torch.testing.assert_close(losses_B[[0, 2, 3]], given[[0, 2, 3]])
+    model.config.ctc_zero_infinity = True
+    assert per_sample_loss_for(model)(model, batch)[1] == 0
+
+
+def _with(batch, **columns):
+    return {**batch, **columns}
+
+
+@pytest.mark.parametrize(("config", "change", "message"), [
+    ({"pad_token_id": None}, dict, "pad_token_id, the blank, is None"),
+    ({"pad_token_id": VOCABULARY}, dict, "pad_token_id, the blank, is 31"),
+    ({"ctc_loss_reduction": "none"}, dict, "ctc_loss_reduction is 'none'"),
+    ({}, lambda b: _with(b, labels=b["labels"].clamp(min=-100).masked_fill(b["labels"] > 9, 77)), "reach from .* to 77"),
+    ({}, lambda b: _with(b, labels=b["labels"].masked_fill(b["labels"] > 9, -7)), "reach from -7"),
+    ({}, lambda b: _with(b, labels=b["labels"][0]), "labels must have shape"),
+    ({}, lambda b: _with(b, attention_mask=b["attention_mask"] * (torch.arange(60) < 3)), "shorter than one frame"),
+])  # fmt: skip
+def test_what_ctc_cannot_take_is_refused(config, change, message):
+    model, batch = CTC[0].build()
+    for name, value in config.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigurationError, match=message):
+        per_sample_loss_for(model)(model.eval(), change(batch))
+
+
+def test_unknown_counts_of_frames_are_refused():
+    model, batch = CTC[0].build()
+
+    class Silent(nn.Module):
+        config = model.config
+
+        def forward(self, **inputs):
+            return model(**inputs)
+
+    model.eval()
+    head_loss = replace(per_sample_loss_for(model), class_name="Silent")
+    with pytest.raises(UnsupportedOperationError, match=r"Silent.*how many frames"):
+        head_loss(Silent(), batch)
+
+
+def test_a_language_model_that_hears_predicts_the_next_token():
+    """Transformers lists it beside encoder-decoders, but it has no decoder of its own that reads the labels."""
+    settings = {
+        "text_config": {"model_type": "qwen2", **LLAMA, "num_key_value_heads": 2},
+        "audio_config": {"model_type": "qwen2_audio_encoder", "d_model": 8, "encoder_layers": 1,
+                         "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 4},
+        "audio_token_index": 30,
+    }  # fmt: skip
+    model, batch = Case(
+        "", "Qwen2AudioConfig", settings, "Qwen2AudioForConditionalGeneration", causal
+    ).build()
+    head_loss = per_sample_loss_for(model)
+    assert head_loss.head.name == "causal LM"
+    check_against_model_loss(model, batch, head_loss)
 
 
 def test_spans_out_of_range_as_transformers():

@@ -45,7 +45,13 @@ _PADDED_COLUMNS = {
     "position_ids",
     "labels",
     "special_tokens_mask",
+    "bbox",
+    # Sound, in step with its mask: a normalization over time reads padding, and so a neighbour's length.
+    "input_values",
+    "input_features",
 }
+# Targets that are positions in the text.
+_POSITION_COLUMNS = {"start_positions", "end_positions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +232,9 @@ def _perturbed(model: nn.Module) -> Iterator[None]:
 def without_padding(sample: MicroBatch) -> dict[str, Any]:
     """One sample's micro-batch, cut to the columns that its attention mask keeps.
 
-    A sample with columns of unknown meaning, or with targets under its padding,
-    is returned whole.
+    Targets that are positions are counted anew. A sample with columns of unknown
+    meaning, with targets under its padding, or with sound that runs in step with
+    its text, is returned whole.
     """
     mask = sample.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or not mask.any():
@@ -235,9 +242,27 @@ def without_padding(sample: MicroBatch) -> dict[str, Any]:
     kept = mask[0].bool()
     columns = {n: v for n, v in sample.items() if isinstance(v, Tensor) and v.shape[1:2] == mask.shape[1:]}
     targets = columns.get("labels")
-    if not columns.keys() <= _PADDED_COLUMNS or (targets is not None and (targets[:, ~kept] != -100).any()):
+    positions = {n: v.long() for n, v in sample.items() if n in _POSITION_COLUMNS and isinstance(v, Tensor)}
+    if (
+        not columns.keys() <= _PADDED_COLUMNS
+        or (targets is not None and (targets[:, ~kept] != -100).any())
+        or not all(0 <= int(v) < len(kept) and bool(kept[int(v)]) for v in positions.values())
+        or _sound_in_step(sample, len(kept))
+    ):
         return dict(sample)
-    return {name: value[:, kept] if name in columns else value for name, value in sample.items()}
+    cut = {name: value[:, kept] for name, value in columns.items()}
+    anew = {name: kept.cumsum(0).to(value)[value] - 1 for name, value in positions.items()}
+    return {**sample, **cut, **anew}
+
+
+def _sound_in_step(sample: MicroBatch, length: int) -> bool:
+    """Whether each token seems to have as many frames of sound as any other, so that both would have to be cut.
+
+    Sound with a mask of its own has a length of its own.
+    """
+    sound = sample.get("input_features")
+    has_mask = any(name in sample for name in ("input_features_mask", "feature_attention_mask"))
+    return isinstance(sound, Tensor) and not has_mask and sound.shape[-1] % length == 0
 
 
 def _run(

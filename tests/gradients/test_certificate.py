@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,7 +175,7 @@ class _Layout(nn.Module):
 
 
 LAYOUTS = {
-    "positions first": lambda m, x: torch.tanh(m.up(x.transpose(0, 1))).transpose(0, 1),
+    "positions first": lambda m, x: torch.tanh(m.up(torch.stack(x.unbind(), 1))).transpose(0, 1),
     "two views joined": lambda m, x: torch.tanh(m.up(torch.cat((x, x.sin())))).chunk(2)[1],
     "reversed rows": lambda m, x: torch.tanh(m.up(x.flip(0))).flip(0),
     "a constant table": lambda m, x: x * torch.tanh(m.up(_TABLE)),
@@ -203,6 +205,77 @@ def test_padding_is_cut_only_where_its_meaning_is_known():
     ids = torch.tensor([[5, 6, 0]])
     cut = without_padding({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([[5, 6, -100]])})
     assert [v.shape for v in cut.values()] == [(1, 2)] * 3
-    for extra in ({"labels": torch.tensor([[5, 6, 7]])}, {"speeds": torch.zeros(1, 3)}):
+    in_step = {"input_features": torch.zeros(1, 4, 24)}
+    under_padding = {"start_positions": torch.tensor([0]), "end_positions": torch.tensor([2])}
+    for extra in (
+        {"labels": torch.tensor([[5, 6, 7]])},
+        {"speeds": torch.zeros(1, 3)},
+        in_step,
+        under_padding,
+    ):
         whole = {"input_ids": ids, "attention_mask": mask, **extra}
         assert without_padding(whole)["input_ids"].shape == (1, 3)
+
+
+def test_sound_with_a_length_of_its_own_stays_and_the_text_is_cut():
+    sample = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    for sound in (
+        {"input_features": torch.zeros(1, 4, 25)},
+        {"input_features": torch.zeros(1, 4, 24), "input_features_mask": torch.ones(1, 24)},
+    ):
+        cut = without_padding({**sample, **sound})
+        assert cut["input_ids"].tolist() == [[5, 6]]
+        assert cut["input_features"].shape == sound["input_features"].shape
+
+
+@pytest.mark.parametrize(("name", "shape"), [("input_values", (1, 3)), ("input_features", (1, 3, 5))])
+def test_sound_is_cut_with_its_mask(name, shape):
+    sample = {
+        name: torch.ones(shape),
+        "attention_mask": torch.tensor([[1, 1, 0]]),
+        "labels": torch.ones(1, 7),
+    }
+    cut = without_padding(sample)
+    assert cut[name].shape == (1, 2, *shape[2:])
+    assert cut["labels"].shape == (1, 7)
+
+
+class _Hearing(nn.Module):
+    """Sound through a convolution, normalized over time or not, and averaged over its own frames."""
+
+    def __init__(self, *, over_time):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv1d(1, 4, 3), nn.GroupNorm(4, 4) if over_time else nn.Identity()
+
+    def forward(self, input_values, attention_mask):
+        hidden = self.norm(self.convolution(input_values[:, None])).square()
+        frames = attention_mask[:, None, 2:]
+        return (hidden * frames).sum((1, 2)) / frames.sum((1, 2))
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_sound_normalized_over_its_padding_is_refused(over_time):
+    mask = (torch.arange(20) < torch.tensor([20, 11, 14, 8])[:, None]).long()
+    batch = {"input_values": torch.randn(4, 20) * mask, "attention_mask": mask}
+    expected = pytest.raises(CertificateError, match="padding") if over_time else contextlib.nullcontext()
+    with expected:
+        certify(
+            _Hearing(over_time=over_time),
+            batch,
+            per_sample_loss=lambda m, b: m(**b),
+            clipping=FlatClipping(1.0),
+        )
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1)])
+def test_positions_are_counted_anew_without_padding(shape):
+    sample = {
+        "input_ids": torch.tensor([[0, 0, 5, 6, 7]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1]]),
+        "start_positions": torch.full(shape, 2),
+        "end_positions": torch.full(shape, 4),
+    }
+    cut = without_padding(sample)
+    assert cut["input_ids"].tolist() == [[5, 6, 7]]
+    assert cut["start_positions"].tolist() == torch.full(shape, 0).tolist()
+    assert cut["end_positions"].tolist() == torch.full(shape, 2).tolist()

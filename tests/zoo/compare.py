@@ -29,14 +29,16 @@ from dp_trainer import (
     UnsupportedOperationError,
     certify,
     clipped_gradient_sum,
+    freeze_batch_norm,
 )
+from dp_trainer.batch_norm import is_frozen
 from dp_trainer.batches import split_micro_batch
 from dp_trainer.gradients.certificate import without_padding
 from dp_trainer.gradients.independence import check_independence, repeatable
-from dp_trainer.losses import per_sample_loss_for
+from dp_trainer.losses import check_against_model_loss, per_sample_loss_for
 
 from .configs import toy_config
-from .heads import CLASSES, HEADS, Batch, PerSampleLoss, head_loss, next_token_loss
+from .heads import CLASSES, HEADS, Batch, PerSampleLoss, head_loss
 from .inputs import LOSSES, batch_for
 from .overrides import fields_of
 
@@ -67,8 +69,9 @@ class Outcome:
         verdict: One of ``OUTCOMES``.
         reason: Why, unless exact.
         error: Largest relative difference from one sample at a time, where compared.
-        own_loss: Whether the package has no per-sample loss for the head, so that a user must pass one.
+        own_loss: Whether the package has no per-sample loss that is this model's, so that a user must pass one.
         reached: The share of parameters that any sample has a gradient for.
+        frozen: The number of batch normalizations that keep the statistics they came with.
         padding: Whether padding changes a sample's loss, so that a padded micro-batch is refused.
     """
 
@@ -78,6 +81,7 @@ class Outcome:
     error: float = float("nan")
     own_loss: bool = False
     reached: float = 1.0
+    frozen: int = 0
     padding: bool = False
 
 
@@ -111,6 +115,7 @@ def build(case: Case) -> tuple[nn.Module, Batch, PerSampleLoss]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    _freeze_batch_norm(model)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -118,19 +123,17 @@ def build(case: Case) -> tuple[nn.Module, Batch, PerSampleLoss]:
     taken = inspect.signature(model.forward).parameters
     if "attention_mask" in batch and "attention_mask" not in taken:
         del batch["attention_mask"]
-    return model.train(), batch, _loss_of(case, model)
+    # What a user would pass, where the package has no loss.
+    return model.train(), batch, LOSSES.get((case.model_type, case.head), head_loss)
 
 
-def _loss_of(case: Case, model: nn.Module) -> PerSampleLoss:
-    """The package's own loss wherever there is one, else what a user would pass."""
-    loss = LOSSES.get((case.model_type, case.head), HEADS[case.head].loss)
-    if loss is not head_loss:
-        return loss
-    try:
-        per_sample_loss_for(model)
-    except UnsupportedOperationError:
-        return next_token_loss
-    return loss
+def _freeze_batch_norm(model: nn.Module) -> None:
+    """As for training, with statistics that differ from those of a new model, which change nothing."""
+    freeze_batch_norm(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(std=0.3)
+            module.running_var.uniform_(0.5, 2.0)
 
 
 def _config_for(made_of: Any, config: PreTrainedConfig) -> PreTrainedConfig:
@@ -158,11 +161,21 @@ def run(case: Case) -> Outcome:
     except Exception as error:  # noqa: BLE001 - whatever stops a model from being built is the finding
         return Outcome(case, "not buildable", _told(error))
     try:
-        return _compare(case, model, batch, functools.partial(_seeded, loss), own_loss=loss is not head_loss)
+        own_loss = loss is not head_loss or not _agrees_with_the_models_loss(model, batch)
+        return _compare(case, model, batch, functools.partial(_seeded, loss), own_loss=own_loss)
     except REFUSALS as error:
         return Outcome(case, "refused", _told(error))
     except Exception as error:  # noqa: BLE001 - an unexplained error is the finding
         return Outcome(case, "error", _told(error))
+
+
+def _agrees_with_the_models_loss(model: nn.Module, batch: Batch) -> bool:
+    """Whether the trainer would take its own per-sample loss for this model's."""
+    try:
+        check_against_model_loss(model, batch, per_sample_loss_for(model))
+    except REFUSALS:
+        return False
+    return True
 
 
 def _compare(case: Case, model: nn.Module, batch: Batch, loss: PerSampleLoss, *, own_loss: bool) -> Outcome:
@@ -190,6 +203,7 @@ def _compare(case: Case, model: nn.Module, batch: Batch, loss: PerSampleLoss, *,
         error=error,
         own_loss=own_loss,
         reached=sum(bool(g.any()) for g in reference.gradients.values()) / len(reference.gradients),
+        frozen=sum(map(is_frozen, model.modules())),
         padding=_padding_matters(model, batch, loss),
     )
 

@@ -158,6 +158,8 @@ def _smaller(name: str, value: Any) -> Any:
         return value
     if isinstance(value, float) and "drop" in name:
         return 0.0
+    if "drop" in name and isinstance(value, list | tuple) and all(isinstance(v, float) for v in value):
+        return type(value)(0.0 for _ in value)
     if isinstance(value, int) and name in SIZES:
         return min(value, SIZES[name])
     if isinstance(value, list | tuple) and all(isinstance(entry, int) for entry in value):

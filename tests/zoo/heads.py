@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_trainer.heads import IGNORED_LABEL
 from dp_trainer.losses import per_sample_loss_for
+from dp_trainer.terms import IGNORED_LABEL
 
 from .configs import END, FIRST_SPECIAL_TOKEN
 
@@ -61,6 +60,9 @@ def targets(generator: torch.Generator, lengths: tuple[int, ...]) -> Tensor:
 
 
 def sequence_to_sequence(config: Any, generator: torch.Generator, lengths: tuple[int, ...]) -> Batch:
+    """For a language model that also hears, which transformers lists here too, text alone."""
+    if not config.is_encoder_decoder:
+        return language(config, generator, lengths)
     return {**text(config, generator, lengths), "labels": targets(generator, lengths)}
 
 
@@ -118,11 +120,10 @@ def sound_class(config: Any, generator: torch.Generator, lengths: tuple[int, ...
 
 
 def sound_tokens(config: Any, generator: torch.Generator, lengths: tuple[int, ...]) -> Batch:
-    # The blank is token 0, so targets are others; two a sample.
-    return {
-        **_sounding(config, generator, lengths),
-        "labels": torch.randint(3, 9, (len(lengths), 2), generator=generator),
-    }
+    # Of two tokens at most, since few frames are left of the sound.
+    labels = torch.randint(3, 9, (len(lengths), 2), generator=generator)
+    labels[1::2, 1] = IGNORED_LABEL
+    return {**_sounding(config, generator, lengths), "labels": labels}
 
 
 def sound_to_text(config: Any, generator: torch.Generator, lengths: tuple[int, ...]) -> Batch:
@@ -132,29 +133,6 @@ def sound_to_text(config: Any, generator: torch.Generator, lengths: tuple[int, .
     return {**_sounding(config, generator, lengths), "labels": targets(generator, lengths)}
 
 
-def ctc_loss(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
-    """Connectionist temporal classification over all frames, one loss a sample; blank is token 0."""
-    inputs = {name: value for name, value in micro_batch.items() if name != "labels"}
-    log_odds_BFC = model(**inputs).logits.log_softmax(-1)
-    size, frames, _ = log_odds_BFC.shape
-    labels_BT = micro_batch["labels"]
-    return F.ctc_loss(
-        log_odds_BFC.transpose(0, 1),
-        labels_BT,
-        torch.full((size,), frames),
-        torch.full((size,), labels_BT.shape[1]),
-        reduction="none",
-    )
-
-
-def next_token_loss(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
-    """What a user passes for decoders whose class has no per-sample loss in the package's table."""
-    inputs = {name: value for name, value in micro_batch.items() if name != "labels"}
-    labels_BT = micro_batch["labels"][:, 1:]
-    losses_BT = F.cross_entropy(model(**inputs).logits[:, :-1].transpose(1, 2), labels_BT, reduction="none")
-    return losses_BT.sum(1) / (labels_BT != IGNORED_LABEL).sum(1)
-
-
 def head_loss(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
     """The loss that the trainer itself would use."""
     return per_sample_loss_for(model)(model, micro_batch)
@@ -162,12 +140,11 @@ def head_loss(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
 
 @dataclass(frozen=True)
 class ZooHead:
-    """One of transformers' auto mappings, what its models are fed, and their loss."""
+    """One of transformers' auto mappings, and what its models are fed."""
 
     name: str
     table: str
     batch: MakeBatch
-    loss: PerSampleLoss = head_loss
 
 
 HEADS = {
@@ -184,6 +161,6 @@ HEADS = {
         ZooHead("video classification", "VIDEO_CLASSIFICATION", videos),
         ZooHead("audio classification", "AUDIO_CLASSIFICATION", sound_class),
         ZooHead("speech seq2seq", "SPEECH_SEQ_2_SEQ", sound_to_text),
-        ZooHead("CTC", "CTC", sound_tokens, ctc_loss),
+        ZooHead("CTC", "CTC", sound_tokens),
     )
 }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dp_trainer.heads import IGNORED_LABEL
+from dp_trainer.terms import IGNORED_LABEL
 
 from .configs import PAD
 from .heads import HEADS, LENGTHS, Batch, MakeBatch, PerSampleLoss
@@ -60,6 +60,25 @@ def _pixels_as_tokens(batch: Batch, _config: Any, generator: torch.Generator) ->
     return {
         "input_ids": torch.randint(0, 32, (len(LENGTHS), 9), generator=generator),
         "labels": batch["labels"],
+    }
+
+
+def _with_decoder_inputs(batch: Batch, config: Any, _generator: torch.Generator) -> Batch:
+    """As a collator adds that knows the model: of this one the own loss would feed the inputs to the decoder."""
+    labels = batch["labels"]
+    return {
+        **batch,
+        "decoder_input_ids": F.pad(labels[:, :-1], (1, 0), value=config.eos_token_id).clamp(min=PAD),
+    }
+
+
+def _a_row_a_codebook(batch: Batch, config: Any, generator: torch.Generator) -> Batch:
+    """Audio codes, (B, codebooks, T)."""
+    size, length = batch["input_ids"].shape
+    shape = (size, getattr(config, "decoder", config).num_codebooks, length)
+    return {
+        "input_ids": torch.randint(3, 32, shape, generator=generator),
+        "attention_mask": batch["attention_mask"],
     }
 
 
@@ -162,6 +181,7 @@ ADAPTERS: dict[str | tuple[str, str], Adapt] = {
     "cohere_asr": _spectra(lambda c: c.encoder_config.num_mel_bins),
     "dia": _text_to_codes,
     "granite_speech5_ctc": _spectra(lambda c: 4 * c.encoder_config.num_mel_bins),
+    "fsmt": _with_decoder_inputs,
     "kyutai_speech_to_text": _codes,
     "lasr_ctc": _spectra(lambda c: c.encoder_config.num_mel_bins),
     "parakeet_ctc": _spectra(lambda c: c.encoder_config.num_mel_bins),
@@ -183,6 +203,8 @@ ADAPTERS: dict[str | tuple[str, str], Adapt] = {
     "lilt": _with_boxes,
     "longformer": _with_global_attention,
     "lxmert": _with_regions,
+    "musicgen": _a_row_a_codebook,
+    "musicgen_melody": _a_row_a_codebook,
     "moonshine": _long_sound,
     "moonshine_streaming": _long_sound,
     ("perceiver", "masked LM"): _to_full_length,
@@ -220,6 +242,11 @@ def _codes_loss(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
 
 LOSSES: dict[tuple[str, str], PerSampleLoss] = {
     ("dia", "speech seq2seq"): _codes_loss,
+    # Its own loss counts the tokens of a picture, which is not among the inputs here.
+    ("git", "causal LM"): _projection,
+    ("musicgen", "causal LM"): _codes_loss,
+    ("musicgen_melody", "causal LM"): _codes_loss,
+    ("shieldgemma2", "image classification"): _projection,
     ("lxmert", "question answering"): functools.partial(_projection, name="question_answering_score"),
     ("videoprism_vision_model", "video classification"): _projection,
     ("pp_lcnet", "image classification"): functools.partial(_projection, name="last_hidden_state"),

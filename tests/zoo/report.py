@@ -19,7 +19,12 @@ _MARKS: tuple[tuple[str, Callable[[Outcome], bool], str], ...] = (
         lambda o: o.padding,
         "padding changes the loss, so padded micro-batches are refused by the certificate",
     ),
-    ("†", lambda o: o.own_loss, "no per-sample loss is built in for this class, so one must be passed"),
+    (
+        "*",
+        lambda o: o.frozen > 0,
+        "with `freeze_batch_norm`, statistics as they came; with training's own batch normalization it is refused",
+    ),
+    ("†", lambda o: o.own_loss, "no per-sample loss that is this model's is built in, so one must be passed"),
     (
         "‡",
         lambda o: o.reached < 0.75,
@@ -43,6 +48,8 @@ def reasons(outcomes: Iterable[Outcome]) -> str:
                 groups.setdefault(_kind(outcome.reason), []).append(str(outcome.case))
         for reason, cases in sorted(groups.items(), key=lambda item: -len(item[1])):
             lines += [f"{verdict}, {len(cases)}: {reason}", f"    {' '.join(cases)}"]
+    frozen = [str(o.case) for o in outcomes if o.verdict == "exact" and o.frozen]
+    lines += [f"exact with frozen batch normalization, {len(frozen)}:", f"    {' '.join(frozen)}"]
     sensitive = [str(o.case) for o in outcomes if o.padding]
     lines += [f"exact, but padding changes the loss, {len(sensitive)}:", f"    {' '.join(sensitive)}"]
     return "\n".join(lines)
@@ -57,7 +64,9 @@ def totals(outcomes: Sequence[Outcome]) -> str:
     counts = Counter(outcome.verdict for outcome in outcomes)
     buildable = len(outcomes) - counts["not buildable"]
     share = counts["exact"] / max(1, buildable)
-    return ", ".join(f"{verdict} {counts[verdict]}" for verdict in OUTCOMES) + (
+    frozen = sum(outcome.verdict == "exact" and outcome.frozen > 0 for outcome in outcomes)
+    told = {"exact": f" (of which {frozen} with frozen batch normalization)"} if frozen else {}
+    return ", ".join(f"{verdict} {counts[verdict]}{told.get(verdict, '')}" for verdict in OUTCOMES) + (
         f"; exact {share:.1%} of the {buildable} buildable; "
         f"not buildable {counts['not buildable'] / max(1, len(outcomes)):.1%} of {len(outcomes)}"
     )

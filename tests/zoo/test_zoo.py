@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from dp_trainer import CertificateError, ConfigurationError, UnsupportedOperationError
+from dp_trainer.losses import per_sample_loss_for
+
 from . import __main__ as zoo
 from . import compare
 from .compare import Case, Outcome, all_cases, build, run, samples_coupled
@@ -66,13 +69,51 @@ def test_every_case_of_the_auto_mappings_is_listed_once():
     assert {case.head for case in cases} == set(HEADS)
 
 
-def test_batch_norm_is_refused():
-    outcome = run(Case("image classification", "resnet"))
+BERT = Case("sequence classification", "bert")
+RESNET = Case("image classification", "resnet")
+
+
+def test_batch_norm_is_exact_only_when_frozen(monkeypatch):
+    outcome = run(RESNET)
+    assert outcome.verdict == "exact"
+    assert outcome.frozen > 3
+    monkeypatch.setattr(compare, "_freeze_batch_norm", lambda model: None)
+    outcome = run(RESNET)
     assert outcome.verdict == "refused"
     assert "batch" in outcome.reason
 
 
-BERT = Case("sequence classification", "bert")
+def test_frozen_batch_norm_is_run_with_statistics_that_matter():
+    model, batch, loss = build(RESNET)
+    given = loss(model, batch)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.zero_()
+            module.running_var.fill_(1.0)
+    assert (loss(model, batch) - given).abs().max() > 1e-2
+
+
+def test_a_loss_that_is_not_the_models_is_marked(monkeypatch):
+    assert not run(BERT).own_loss
+    assert run(Case("seq2seq LM", "prophetnet")).own_loss
+    monkeypatch.setattr(
+        compare, "check_against_model_loss", lambda *_: (_ for _ in ()).throw(CertificateError("planted"))
+    )
+    assert run(BERT).own_loss
+
+
+@pytest.mark.parametrize(("case", "needs"), [
+    (Case("question answering", "lxmert"), "'start_positions'"),
+    (Case("image classification", "pp_lcnet"), "'logits'"),
+    (Case("video classification", "videoprism_vision_model"), "logits must have shape"),
+    (Case("speech seq2seq", "dia"), "'labels'"),
+], ids=str)  # fmt: skip
+def test_a_head_that_is_not_as_its_table_says_is_refused_by_name(case, needs):
+    model, batch, _ = build(case)
+    with pytest.raises((ConfigurationError, UnsupportedOperationError), match=needs) as error:
+        per_sample_loss_for(model)(model, batch)
+    assert type(model).__name__ in str(error.value)
+    assert "compute_loss_func" in str(error.value)
 
 
 def _faulty(monkeypatch, spoil):
@@ -188,13 +229,14 @@ def test_a_case_that_hangs_or_kills_its_process_stops_nothing_else(monkeypatch):
 def test_page_names_every_case_and_counts_them():
     outcomes = [
         Outcome(Case("causal LM", "gpt2"), "exact", padding=True, reached=0.5),
-        Outcome(Case("causal LM", "llama"), "exact"),
+        Outcome(Case("causal LM", "llama"), "exact", frozen=2),
         Outcome(Case("masked LM", "bert"), "refused", "CertificateError: a|b"),
         Outcome(Case("CTC", "wav2vec2"), "not buildable", "ImportError: none"),
     ]
     page = coverage_page(outcomes)
     assert "exact 66.7% of the 3 buildable; not buildable 25.0% of 4" in totals(outcomes)
     assert "| causal LM | 2 | 0 | 0 | 0 | 0 |" in page
-    assert "gpt2§‡, llama" in page
+    assert "gpt2§‡, llama*" in page
+    assert "exact 2 (of which 1 with frozen batch normalization), refused 1" in page
     assert "| masked LM | bert | CertificateError: a\\|b |" in page
     assert "bert-" in reasons(outcomes)
