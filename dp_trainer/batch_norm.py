@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from dp_trainer.errors import UnsupportedOperationError
 
@@ -20,6 +20,18 @@ class _Frozen(nn.modules.batchnorm._BatchNorm):
     def train(self, mode: bool = True) -> Self:
         """Ignores ``mode``: the stored statistics are used, and never changed."""
         return super().train(False)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Normalizes each channel by its stored statistics."""
+        output = super().forward(input)
+        if output.requires_grad:
+            # torch 2.13's own backward on a CPU is wrong for some strides of the gradient of a single sample.
+            output.register_hook(_contiguous)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _contiguous(gradient: Tensor) -> Tensor:
+    return gradient.contiguous()
 
 
 class FrozenBatchNorm1d(_Frozen, nn.BatchNorm1d):

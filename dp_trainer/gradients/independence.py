@@ -39,6 +39,11 @@ _DROPOUTS = frozenset(
     }
 )
 # Signs turn exactly; what is left is for kernels whose order of additions varies from run to run.
+# What draws by chance besides dropout functions, in modules and configurations, and its value without chance.
+_CHANCES: dict[str, float | bool] = {
+    **dict.fromkeys(("drop_prob", "layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
+    "apply_spec_augment": False,
+}
 _TOLERANCE = 1e-2
 _SEED = 0
 
@@ -137,7 +142,7 @@ def repeatable(model: nn.Module) -> Iterator[None]:
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), _WithoutDropout():
+    with torch.random.fork_rng(devices=devices), _WithoutDropout(), _without_other_chance(model):
         yield
     changed = [name for name, buffer in model.named_buffers() if not _equal(buffer, buffers.get(name))]
     for name, buffer in model.named_buffers():
@@ -149,6 +154,24 @@ def repeatable(model: nn.Module) -> Iterator[None]:
             f"{changed[0]}: this buffer is updated from the samples in the forward pass, without noise, and is "
             "saved with the model. Replace the layer (GroupNorm or LayerNorm for BatchNorm)."
         )
+
+
+@contextlib.contextmanager
+def _without_other_chance(model: nn.Module) -> Iterator[None]:
+    """While inside, no layer, path or stretch of sound is left out by chance."""
+    changed: list[tuple[Any, str, Any]] = []
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    for owner in (*model.modules(), *configs.values()):
+        for name, certain in _CHANCES.items():
+            value = getattr(owner, name, None)
+            if isinstance(value, float | bool) and value:
+                changed.append((owner, name, value))
+                setattr(owner, name, certain)
+    try:
+        yield
+    finally:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
 def _equal(buffer: Tensor, before: Tensor | None) -> bool:

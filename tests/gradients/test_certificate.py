@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from cases import MODEL_CASES
 from torch import nn
 
@@ -279,3 +280,38 @@ def test_positions_are_counted_anew_without_padding(shape):
     assert cut["input_ids"].tolist() == [[5, 6, 7]]
     assert cut["start_positions"].tolist() == torch.full(shape, 0).tolist()
     assert cut["end_positions"].tolist() == torch.full(shape, 2).tolist()
+
+
+def _swin_with_drop_path():
+    config = transformers.SwinConfig(
+        image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4,
+        num_labels=3, drop_path_rate=0.5,
+    )  # fmt: skip
+    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.tensor([0, 1, 2, 1])}
+    return transformers.SwinForImageClassification(config), batch
+
+
+def _wav2vec2_with_masking_and_dropped_layers():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        num_feat_extract_layers=2, feat_extract_norm="layer", layerdrop=0.5, mask_time_prob=0.5,
+        mask_time_length=2, vocab_size=12, ctc_loss_reduction="mean",
+    )  # fmt: skip
+    batch = {
+        "input_values": torch.randn(4, 600),
+        "attention_mask": torch.ones(4, 600, dtype=torch.long),
+        "labels": torch.randint(1, 12, (4, 3)),
+    }
+    return transformers.Wav2Vec2ForCTC(config), batch
+
+
+@pytest.mark.parametrize("build", [_swin_with_drop_path, _wav2vec2_with_masking_and_dropped_layers])
+def test_paths_and_layers_dropped_by_chance_are_no_coupling(build):
+    torch.manual_seed(0)
+    model, batch = build()
+    settings = {name: value for name, value in vars(model.config).items() if not name.startswith("_")}
+    certify(model.train(), batch, per_sample_loss=per_sample_loss_for(model), clipping=AutomaticClipping())
+    assert {name: getattr(model.config, name) for name in settings} == settings
+    paths = [m.drop_prob for m in model.modules() if type(m).__name__.endswith("DropPath")]
+    assert not paths or max(paths) == 0.5
