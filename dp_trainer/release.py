@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss, clipped_gradient_sum
 from dp_trainer.privacy.noise import NoiseGenerator
 from dp_trainer.privacy.plan import PrivacyPlan
@@ -43,6 +44,7 @@ def release(
     noise: NoiseGenerator,
     strategy: str,
     rounding_margin: float,
+    verified: set[Use] | None = None,
 ) -> ReleaseReport:
     """Puts the privatized mean gradient into ``.grad`` of every trainable parameter.
 
@@ -59,9 +61,15 @@ def release(
         noise: The run's noise generator.
         strategy: See ``clipped_gradient_sum``.
         rounding_margin: Relative extra noise that covers rounding, from the certificate.
+        verified: See ``clipped_gradient_sum``.
     """
     clipped = clipped_gradient_sum(
-        model, micro_batches, per_sample_loss=per_sample_loss, clipping=plan.clipping, strategy=strategy
+        model,
+        micro_batches,
+        per_sample_loss=per_sample_loss,
+        clipping=plan.clipping,
+        strategy=strategy,
+        verified=verified,
     )
     noise_std = plan.noise_std * (1 + rounding_margin)
     parameters = dict(model.named_parameters())

@@ -25,6 +25,7 @@ from dp_trainer import records
 from dp_trainer.arguments import PrivacyArguments
 from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_length
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
+from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.certificate import LARGEST_EXCESS, Certificate, certify
 from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
@@ -118,6 +119,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         )
         self.certificate: Certificate | None = None
         self._certified: frozenset[str] | None = None
+        self._verified_uses: set[Use] = set()
         self._dropped_samples = 0
         self._noise = NoiseGenerator(device=self.args.device, insecure_seed=privacy.insecure_noise_seed)
         self._accountant: PrivacyAccountant | None = None
@@ -276,6 +278,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             noise=self._noise,
             strategy=self.privacy.strategy,
             rounding_margin=self.certificate.rounding_margin if self.certificate else LARGEST_EXCESS,
+            verified=self._verified_uses if self.privacy.certificate_samples else None,
         )
         if report.dropped_samples:
             self._dropped_samples += report.dropped_samples

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from dp_trainer.gradients.calls import CapturedCall, refusal
 from dp_trainer.gradients.checkpointing import recomputation_under
 from dp_trainer.gradients.derived import Derived, to_parameters
 from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
@@ -50,6 +51,7 @@ _QUESTIONS = frozenset(
         *(Tensor.nelement, Tensor.is_same_size, torch.is_tensor, torch.is_floating_point, torch.numel),
     }
 )
+_CASTING = frozenset({Tensor.to, Tensor.type_as})
 _OPENING = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 _SETTERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
 
@@ -73,8 +75,12 @@ class _Record:
     aligned: bool
 
 
+Use: TypeAlias = tuple[str, tuple[object, ...], str]
+"""How a call used parameters: the function, the parameters, and where its data had the samples."""
+
+
 class Tape:
-    """The forms recorded in one capture.
+    """The forms recorded in one capture, and in ``uses`` how they came about.
 
     Args:
         parameters: Trainable parameters by name; a shared one stands once.
@@ -84,12 +90,15 @@ class Tape:
     def __init__(self, parameters: Mapping[str, Tensor], batch_size: int) -> None:
         self.parameters = parameters
         self.batch_size = batch_size
+        self.uses: set[Use] = set()
         self._records: list[_Record] = []
         self._forms: dict[str, list[Form]] = {}
 
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
         """Adds one use of a parameter or of a tensor derived from some."""
         self._records.append(_Record(derived, form, aligned))
+        if aligned:
+            self.uses.add(("its first axis is the samples'", derived.roots, "first axis"))
 
     def resolve(self) -> None:
         """Carries all records back to parameters; joins the uses of one parameter where that costs less."""
@@ -185,7 +194,7 @@ class CaptureMode(TorchFunctionMode):
         # Leaves that the forward pass made of tensors without sample data, as nn.Parameter(weight.T) does.
         self._copied: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)
-        self._rows = RowFollower(self.batch_size)
+        self._rows = RowFollower(self.batch_size, self._known)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -201,6 +210,9 @@ class CaptureMode(TorchFunctionMode):
         if not has_data:
             return self._run_derived(func, args, kwargs, rooted)
         if not rooted or not torch.is_grad_enabled():
+            if func in _CASTING and not rooted and self._is_constant(args[0]):
+                # The data gives a dtype or a device, and no values.
+                return self._run_derived(func, args, kwargs, rooted)
             if not rooted and func in _OPENING:
                 self._opened[id(args[0])] = args[0]
             if not rooted and self._writes(func, kwargs):
@@ -211,6 +223,7 @@ class CaptureMode(TorchFunctionMode):
             if rule is None:
                 raise refusal(func, rooted, "no rule for this operation")
             rows = self._rows.layout(self._data((*args, *kwargs.values())))
+            self._tape.uses.add((str(func), tuple(d.roots for d in rooted), describe_rows(rows)))
             result = rule(CapturedCall(self, func, self._known, rooted, rows), *args, **kwargs)
         # Rows of a table of constants or parameters are no samples'.
         of_data = bool(args) and isinstance(args[0], Tensor) and id(args[0]) not in self._known
@@ -224,7 +237,7 @@ class CaptureMode(TorchFunctionMode):
         for leaf in self._copied:
             leaf.requires_grad_(True)
         self._copied.clear()
-        self._rows = RowFollower(self.batch_size)
+        self._rows = RowFollower(self.batch_size, self._known)
 
     # What a call asks of the capture.
 
@@ -311,6 +324,10 @@ class CaptureMode(TorchFunctionMode):
                 if made and value.shape[0] == output.shape[0] > 1:
                     return True
         return False
+
+    def _is_constant(self, value: object) -> bool:
+        entry = self._known.get(id(value))
+        return entry is not None and not entry.roots and not entry.tensor.requires_grad
 
     def _data(self, values: Any) -> list[Tensor]:
         """The tensors of sample data among the arguments."""

@@ -87,12 +87,12 @@ class AxisLayout:
         return len(self.lead) - 1
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a tensor of this shape has these leading axes."""
-        return tuple(shape[: len(self.lead)]) == self.lead
+        """Whether a tensor of this shape has as many rows on the samples' axis."""
+        return len(shape) > self.axis and shape[self.axis] == self.lead[self.axis]
 
     def agrees(self, other: Layout | None) -> bool:
-        """Whether both name the same axis."""
-        return isinstance(other, AxisLayout) and self.lead == other.lead
+        """Whether both name the same axis, with as many rows."""
+        return isinstance(other, AxisLayout) and self.axis == other.axis and other.fits(self.lead)
 
     def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
         """Returns the layout after the samples' axis was split or merged with the next one, if that is what happened."""
@@ -107,7 +107,7 @@ class AxisLayout:
     def by_sample(self, tensor: Tensor) -> Tensor:
         """Returns the tensor as (B, T, …), all leading axes in T."""
         rows_first = tensor.movedim(self.axis, 0)
-        positions = math.prod(self.lead) // self._batch_size
+        positions = math.prod(tensor.shape[: len(self.lead)]) // self._batch_size
         return rows_first.reshape(self._batch_size, positions, *tensor.shape[len(self.lead) :])
 
     def sum_by_sample(self, tensor: Tensor) -> Tensor:
@@ -116,6 +116,16 @@ class AxisLayout:
 
 
 Layout: TypeAlias = RowLayout | AxisLayout
+
+
+def describe_rows(rows: tuple[bool, Layout | None]) -> str:
+    """Says in words where the samples are: whether it is known, and the layout."""
+    known, layout = rows
+    if not known:
+        return "unknown"
+    if layout is None:
+        return "first axis"
+    return "rows" if isinstance(layout, RowLayout) else f"axis {layout.axis}"
 
 
 def sample_major(rows: int, batch_size: int, device: torch.device) -> Tensor:

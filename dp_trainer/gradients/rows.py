@@ -12,7 +12,7 @@ Axes: R row, B sample, T position within a sample, K any trailing axes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ _SORTING = frozenset({torch.sort, Tensor.sort, torch.argsort, Tensor.argsort})
 _TRANSPOSING = frozenset(
     {
         *(torch.transpose, Tensor.transpose, torch.swapaxes, Tensor.swapaxes, Tensor.t, torch.t),
+        *(torch.swapdims, Tensor.swapdims, torch.moveaxis, Tensor.moveaxis),
         *(torch.permute, Tensor.permute, torch.movedim, Tensor.movedim, Tensor.T.__get__),  # type: ignore[attr-defined]
     }
 )
@@ -39,6 +40,21 @@ _WRITING = frozenset(
         *(torch.masked_scatter, Tensor.masked_scatter_, Tensor.copy_),
     }
 )
+# Made in the shape of a tensor, with none of its values.
+_FRESH = frozenset(
+    {
+        *(
+            torch.empty_like,
+            torch.zeros_like,
+            torch.ones_like,
+            torch.full_like,
+            torch.rand_like,
+            torch.randn_like,
+        ),
+        *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
+    }
+)
+_COUNTING = frozenset({torch.bincount, Tensor.bincount, torch.histc, Tensor.histc})
 _JOINING = frozenset({torch.cat, torch.concat, torch.concatenate})
 _RESHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.tensor_split})
@@ -49,23 +65,34 @@ class RowFollower:
 
     Args:
         batch_size: B.
+        known: The tensors free of sample data, by identity.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, known: Mapping[int, object]) -> None:
         self._batch_size = batch_size
+        self._known = known
         # None stands for rows that could not be followed. Weak: it must not keep activations alive.
         self._layouts: Any = WeakTensorKeyDictionary()
 
     def layout(self, arguments: Any) -> tuple[bool, Layout | None]:
         """Returns whether the rows can be told, and their layout: None where they are sample-major."""
-        layouts = [self._layouts[t] for t in _tensors(arguments) if t in self._layouts]
+        tensors = list(_tensors(arguments))
+        layouts = [self._layouts[t] for t in tensors if t in self._layouts]
         if not layouts:
             return True, None
         first = layouts[0]
+        if isinstance(first, RowLayout) and any(self._contradicts(t, first) for t in tensors):
+            return False, None
         for other in layouts[1:]:
             if first is None or not first.agrees(other):
                 return False, None
         return first is not None, first
+
+    def _contradicts(self, tensor: Tensor, layout: RowLayout) -> bool:
+        """Whether sample data in the ordinary order meets reordered rows, place by place."""
+        alike = tensor.is_floating_point() and tensor.ndim > 1 and layout.fits(tensor.shape)
+        plain = tensor not in self._layouts and id(tensor) not in self._known
+        return alike and plain and not layout.is_sample_major()
 
     def follow(self, func: Any, args: Any, kwargs: Any, result: Any, *, of_data: bool) -> None:
         """Notes the rows of a call's results; ``of_data``: whether its first argument is sample data."""
@@ -81,6 +108,17 @@ class RowFollower:
         if func in _WRITING:
             if func is Tensor.__setitem__:
                 self._note_put(*args)
+            elif func is Tensor.copy_:
+                self._copy_layout(args[1], args[0])
+            else:
+                self._copy_layout(args[0], result)
+            return
+        if func in _FRESH:
+            return
+        if func in _COUNTING:
+            # One place for each value, not for each sample.
+            for output in _tensors((result,)):
+                self._layouts[output] = None
             return
         if func is torch.einsum and self._note_einsum(args, result):
             return
@@ -153,11 +191,38 @@ class RowFollower:
         self._layouts[result] = RowLayout(samples_R, self._batch_size)
         return True
 
+    def _keeps(self, layout: Layout | None, keys: Any, written: Layout | None) -> bool:
+        """Whether each row is written to a place of its own sample."""
+        if (
+            not isinstance(written, RowLayout)
+            or not isinstance(layout, AxisLayout)
+            or len(keys) <= layout.axis
+        ):
+            return False
+        rows, key = layout.lead[layout.axis], keys[layout.axis]
+        return torch.equal(sample_major(rows, self._batch_size, key.device)[key], written.samples_R)
+
+    def _copy_layout(self, source: object, target: object) -> None:
+        """What is made row by row of the source has its samples."""
+        if not isinstance(target, Tensor):
+            return
+        if isinstance(source, Tensor) and source in self._layouts:
+            layout = self._layouts[source]
+            self._layouts[target] = layout if layout is None or layout.fits(target.shape) else None
+        else:
+            self._layouts.pop(target, None)
+
     def _note_put(self, target: Tensor, keys: Any, value: Any) -> None:
         """Notes where the samples are in a tensor that rows are written into, by one index for each axis."""
         layout = self._layouts.get(value) if isinstance(value, Tensor) else None
-        indexed = isinstance(keys, tuple) and all(isinstance(k, Tensor) and k.ndim == 1 for k in keys)
-        if not indexed or not isinstance(layout, RowLayout) or target in self._layouts:
+        keys = keys if isinstance(keys, tuple) else (keys,)
+        indexed = all(isinstance(k, Tensor) and k.ndim == 1 for k in keys)
+        if target in self._layouts and isinstance(value, Tensor) and indexed:
+            if not self._keeps(self._layouts[target], keys, layout):
+                # Some of its rows may be another sample's from here on.
+                self._layouts[target] = None
+            return
+        if not indexed or not isinstance(layout, RowLayout):
             return
         places = []
         for axis, key in enumerate(keys):

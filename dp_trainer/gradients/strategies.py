@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size, sample_of
 from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
-from dp_trainer.gradients.capture import capture
+from dp_trainer.gradients.capture import Use, capture
 from dp_trainer.gradients.forms import Form
+from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.measures import GramCache, accumulation_dtype
 from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
@@ -69,7 +70,9 @@ class _Part:
     losses: Tensor
 
 
-Strategy = Callable[[nn.Module, MicroBatch, PerSampleLoss, ClippingFunction, dict[str, Tensor]], _Part]
+Strategy = Callable[
+    [nn.Module, MicroBatch, PerSampleLoss, ClippingFunction, dict[str, Tensor], set[Use] | None], _Part
+]
 
 
 def clipped_gradient_sum(
@@ -79,6 +82,7 @@ def clipped_gradient_sum(
     per_sample_loss: PerSampleLoss,
     clipping: ClippingFunction,
     strategy: str = "automatic",
+    verified: set[Use] | None = None,
 ) -> ClippedGradientSum:
     """Computes every sample's gradient norm and the sum of the clipped gradients.
 
@@ -93,6 +97,10 @@ def clipped_gradient_sum(
         clipping: Norms → clip factors.
         strategy: ``"automatic"``, ``"book_keeping"`` or ``"loop"``. Costs time
             and memory only; results agree up to rounding.
+        verified: If given, the uses of parameters already shown to keep samples
+            apart; a micro-batch with another use is checked before it counts, and
+            its uses are added. Where a model has its samples may depend on the
+            sizes and values of a batch.
 
     Returns:
         Norms, factors, losses and the clipped sum, samples in the order given.
@@ -100,6 +108,7 @@ def clipped_gradient_sum(
     Raises:
         ConfigurationError: For an unknown strategy, no trainable parameter, or losses not of shape (B,).
         UnsupportedOperationError: If the exact gradient of some operation is not known.
+        CertificateError: With ``verified``, if samples are mixed up.
     """
     if strategy not in STRATEGIES:
         raise ConfigurationError(f"strategy={strategy!r} is unknown; choose from {', '.join(STRATEGIES)}.")
@@ -108,7 +117,7 @@ def clipped_gradient_sum(
         raise ConfigurationError("The model has no trainable parameter: all have requires_grad=False.")
     totals: dict[str, Tensor] = {}
     parts = [
-        STRATEGIES[strategy](model, micro_batch, per_sample_loss, clipping, totals)
+        STRATEGIES[strategy](model, micro_batch, per_sample_loss, clipping, totals, verified)
         for micro_batch in micro_batches
     ]
     empty = torch.zeros(0, device=next(iter(parameters.values())).device)
@@ -132,6 +141,7 @@ def book_keeping(
     per_sample_loss: PerSampleLoss,
     clipping: ClippingFunction,
     totals: dict[str, Tensor],
+    verified: set[Use] | None = None,
 ) -> _Part:
     """One forward and one backward; forms are kept until the clip factors are known.
 
@@ -142,6 +152,10 @@ def book_keeping(
         losses_B = _checked_losses(per_sample_loss(model, micro_batch), batch_size)
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
+    if verified is not None and batch_size > 1 and not tape.uses <= verified:
+        with repeatable(model):
+            check_independence(model, micro_batch, per_sample_loss)
+        verified |= tape.uses
     with _full_precision(losses_B.device):
         norms_B, factors_B = _add_clipped(tape.take_forms(), losses_B.detach(), clipping, totals)
     return _Part(norms_B, factors_B, losses_B.detach())
@@ -193,6 +207,7 @@ def loop(
     per_sample_loss: PerSampleLoss,
     clipping: ClippingFunction,
     totals: dict[str, Tensor],
+    _verified: set[Use] | None = None,
 ) -> _Part:
     """One sample at a time by plain autograd: the reference for every other strategy."""
     parts = [

@@ -15,7 +15,9 @@ with a 64-bit key. Neither defends against attacks on the floating-point grid of
 from __future__ import annotations
 
 import math
+import os
 import secrets
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -47,12 +49,15 @@ class _Keystream:
         self._bits = torch.frombuffer(self._stream, dtype=torch.int32)
         self._numbers = torch.empty(_CHUNK, dtype=torch.float32)
         self._cosines = torch.empty(_CHUNK // 2, dtype=torch.float32)
+        # One thread at a time: two on the same buffers would give out the same noise twice.
+        self._lock = threading.Lock()
 
     def add_to_(self, values: Tensor, std: float, divisor: float) -> None:
         """Adds fresh noise to a contiguous floating-point tensor of one axis, then divides."""
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
-            self._add_chunk_(chunk, std)
+            with self._lock:
+                self._add_chunk_(chunk, std)
             # Here, where the chunk is in the cache.
             if divisor != 1:
                 chunk.div_(divisor)
@@ -95,6 +100,7 @@ class NoiseGenerator:
     def __init__(self, *, device: torch.device | str, insecure_seed: int | None = None) -> None:
         self.device = torch.device(device)
         self._secure = insecure_seed is None
+        self._process = os.getpid()
         # A fixed seed fills the key's lower half only.
         number = (
             secrets.randbits(_CIPHER_KEY_BITS)
@@ -169,7 +175,15 @@ class NoiseGenerator:
         self._add_to_(tensor.view(-1), std, divisor)
         return tensor
 
+    def _refuse_a_forked_copy(self) -> None:
+        if os.getpid() != self._process:
+            raise ConfigurationError(
+                "NoiseGenerator: it was made before this process was forked, so parent and child would draw the "
+                "same noise. Make one in each process."
+            )
+
     def _add_to_(self, values: Tensor, std: float, divisor: float) -> None:
+        self._refuse_a_forked_copy()
         if self._keystream is not None:
             self._keystream.add_to_(values, std, divisor)
         else:

@@ -435,7 +435,7 @@ REFUSED = {
     ),
     "positions-first": (
         {"w": (D, D)},
-        lambda m, x, i: F.linear(x.transpose(0, 1)[:5], m.w).mean(0)[None] + x,
+        lambda m, x, i: F.linear(torch.stack(x.unbind(), 1)[:5], m.w).mean(0)[:, None] + x,
         "axis",
     ),
     "join-along-samples": ({"w": (1, T, D)}, lambda m, x, i: torch.cat((x, m.w))[:-1], "sample axis"),

@@ -36,7 +36,8 @@ def grouped_product(
     experts_R = torch.searchsorted(offs, torch.arange(len(mat_a), device=offs.device), right=True)
     # Rows behind the last expert's are not computed, and hold anything.
     used_R1 = (experts_R < mat_b.shape[0])[:, None]
-    slots_BT = call.by_sample(experts_R[:, None]).squeeze(-1)
+    last = mat_b.shape[0] - 1
+    slots_BT = call.by_sample(experts_R.clamp(max=last)[:, None]).squeeze(-1)
     inputs_BTD = call.by_sample(mat_a.detach().masked_fill(~used_R1, 0))
 
     def stacked(grad: Tensor) -> SlottedOuterProduct:
@@ -88,7 +89,7 @@ def batched_product_with_bias(
 def _samples_first(call: Call, tensor_ERD: Tensor) -> Tensor:
     """Data of all experts, rows sample-major, as (B, E · rows of a sample, D)."""
     experts, rows, width = tensor_ERD.shape
-    if rows % call.batch_size:
+    if call.sample_axis not in (0, 1) or rows % call.batch_size:
         call.refuse(f"its data of shape {tuple(tensor_ERD.shape)} has no second axis over the samples")
     split_EBTD = tensor_ERD.detach().reshape(experts, call.batch_size, rows // call.batch_size, width)
     return split_EBTD.transpose(0, 1).flatten(1, 2)

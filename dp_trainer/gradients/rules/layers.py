@@ -22,6 +22,8 @@ _RECURRENT: tuple[Callable[..., Any], ...] = (torch.lstm, torch.gru, torch.rnn_t
 
 
 def _one_sample(call: Call, tensor: Tensor, axis: int, sample: int) -> Tensor:
+    if call.sample_axis > 1:
+        call.refuse(f"the samples are on axis {call.sample_axis} of its data")
     if tensor.ndim <= axis or tensor.shape[axis] != call.batch_size:
         call.refuse(
             f"a tensor of shape {tuple(tensor.shape)} does not hold one sample at each place of axis {axis}"

@@ -1,0 +1,200 @@
+"""Where samples are may depend on the sizes and values of a batch: what passed once need not pass again."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dp_trainer import CertificateError, ConfigurationError, FlatClipping, UnsupportedOperationError
+from dp_trainer.gradients.strategies import clipped_gradient_sum
+from dp_trainer.privacy.noise import NoiseGenerator
+
+D, E = 6, 4
+
+
+class _Model(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(D, 3), nn.Parameter(torch.randn(D))
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _steps_then_time_first(m, x):
+    """A hand-written recurrence: the stack is time first, and nothing says so."""
+    return m.layer(torch.stack([torch.tanh(step) for step in x.unbind(1)]).transpose(0, 1))
+
+
+def _every_expert_sees_all(m, x):
+    """As some mixtures repeat all tokens: the first axis is the experts'."""
+    tokens = x.reshape(-1, D)
+    repeated = tokens.repeat(E, 1).view(E, len(tokens), D).transpose(0, 1) * m.scale
+    return repeated.sum(1).view_as(x)
+
+
+SHAPES = {
+    "time-first": (_steps_then_time_first, (8, 15), (8, 16)),
+    "experts-first": (_every_expert_sees_all, (8, 5), (4, 5)),
+}
+
+
+def _loss(model, micro_batch):
+    x = micro_batch["x"]
+    return model(x).tanh().flatten(1).mean(1) * (0.1 + x[:, 0, 0].abs())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_micro_batch_that_uses_parameters_in_a_new_way_is_checked_first(name):
+    """Shown exact at one size; at the other, samples are mixed up, and the run stops."""
+    torch.manual_seed(0)
+    function, good, bad = SHAPES[name]
+    model, verified = _Model(function), set()
+    settings = {"per_sample_loss": _loss, "clipping": FlatClipping(0.1)}
+    batch = {"x": torch.randn(*good, D)}
+    first = clipped_gradient_sum(model, [batch], verified=verified, **settings)
+    expected = reference.norms(reference.per_sample_gradients(model, batch, _loss))
+    torch.testing.assert_close(first.norms.double(), expected, rtol=1e-4, atol=0)
+    seen = set(verified)
+    assert seen
+    other = {"x": torch.randn(*bad, D)}
+    wrong = clipped_gradient_sum(model, [other], **settings).norms.double()
+    expected = reference.norms(reference.per_sample_gradients(model, other, _loss))
+    assert (wrong / expected - 1).abs().max() > 0.01, "no longer wrong: this case shows nothing"
+    with pytest.raises(CertificateError, match="neighbours"):
+        clipped_gradient_sum(model, [other], verified=verified, **settings)
+    assert verified == seen
+
+
+def test_one_sample_alone_proves_nothing():
+    model, verified = _Model(lambda m, x: m.layer(x)), set()
+    for size in (1, 2):
+        clipped_gradient_sum(
+            model,
+            [{"x": torch.randn(size, 4, D)}],
+            per_sample_loss=_loss,
+            clipping=FlatClipping(1.0),
+            verified=verified,
+        )
+        assert bool(verified) == (size > 1)
+
+
+class _Sorted(nn.Module):
+    """Sorts the batch for a recurrent layer, and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(D, 3, batch_first=True)
+
+    def forward(self, x):
+        order = torch.argsort(x.sum((1, 2)))
+        sorted_output, _ = self.lstm(x[order])
+        output = torch.zeros_like(sorted_output)
+        output[order] = sorted_output
+        return output
+
+
+class _ChosenByExperts(nn.Module):
+    """Each expert picks its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.weight = nn.Linear(D, E), nn.Parameter(torch.randn(E, D, D))
+
+    def forward(self, x):
+        tokens = x.reshape(-1, D)
+        chosen = self.router(tokens).t().topk(8, 1).indices
+        return torch.bmm(tokens[chosen.flatten()].view(E, 8, D), self.weight).mean() + x
+
+
+@pytest.mark.parametrize("model", [_Sorted, _ChosenByExperts])
+def test_picked_rows_in_whole_layers_are_refused(model):
+    """They were once recorded by place: one sample's norm stood for another's."""
+    with pytest.raises(UnsupportedOperationError):
+        clipped_gradient_sum(
+            model(), [{"x": torch.randn(4, 5, D)}], per_sample_loss=_loss, clipping=FlatClipping(1.0)
+        )
+
+
+def test_unsorting_by_a_write_is_followed():
+    def unsort(m, x):
+        order = torch.argsort(x.sum((1, 2)))
+        back = torch.empty_like(x)
+        back[order] = x[order].tanh()
+        return m.layer(back)
+
+    torch.manual_seed(0)
+    model, batch = _Model(unsort), {"x": torch.randn(4, 5, D)}
+    actual = clipped_gradient_sum(model, [batch], per_sample_loss=_loss, clipping=FlatClipping(1.0))
+    expected = reference.norms(reference.per_sample_gradients(model, batch, _loss))
+    torch.testing.assert_close(actual.norms.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_a_constant_table_in_the_datas_dtype_stays_a_constant():
+    """Its rows are no samples', though their number may be divisible by B."""
+    torch.manual_seed(0)
+    model = _Model(lambda m, x: m.layer(x + m.table.to(x)[(x[:, 0, 0] > 0).long()][:, None]))
+    model.register_buffer("table", torch.randn(8, D, dtype=torch.float64))
+    batch = {"x": torch.randn(4, 5, D)}
+    actual = clipped_gradient_sum(model, [batch], per_sample_loss=_loss, clipping=FlatClipping(1.0))
+    expected = reference.norms(reference.per_sample_gradients(model, batch, _loss))
+    torch.testing.assert_close(actual.norms.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_reordered_rows_that_meet_the_samples_in_their_order_are_refused():
+    table = torch.randn(8, D)  # no buffer, so its rows might be samples
+    model = _Model(lambda m, x: m.layer(x + table[(x[:, 0, 0] > 0).long()][:, None]))
+    with pytest.raises(UnsupportedOperationError, match="could not be followed"):
+        clipped_gradient_sum(
+            model, [{"x": torch.randn(4, 5, D)}], per_sample_loss=_loss, clipping=FlatClipping(1.0)
+        )
+
+
+def test_cross_attention_of_time_first_data():
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.layer = nn.MultiheadAttention(D, 2), nn.Linear(D, D)
+
+        def forward(self, x):
+            queries, keys = x[:, :3].transpose(0, 1), x.transpose(0, 1)
+            return self.layer(self.attention(queries, keys, keys)[0]).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model, batch = Cross(), {"x": torch.randn(4, 5, D)}
+    actual = clipped_gradient_sum(model, [batch], per_sample_loss=_loss, clipping=FlatClipping(1.0))
+    expected = reference.norms(reference.per_sample_gradients(model, batch, _loss))
+    torch.testing.assert_close(actual.norms.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_rows_behind_the_last_expert_hold_nothing():
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(E, 8, 8))
+
+        def forward(self, x):
+            rows = F.pad(x, (0, 2)).reshape(-1, 8)
+            ends = torch.tensor([3, 8, 8, len(rows) - 4], dtype=torch.int32)
+            product = F.grouped_mm(rows, self.weight, offs=ends)
+            used = (torch.arange(len(rows)) < ends[-1])[:, None]
+            return torch.where(used, product, 0).view(len(x), -1)
+
+    torch.manual_seed(0)
+    model, batch = Grouped(), {"x": torch.randn(4, 5, D)}
+    clipped_gradient_sum(model, [batch], per_sample_loss=_loss, clipping=FlatClipping(1.0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_noise_generator_refuses_to_draw(monkeypatch):
+    noise = NoiseGenerator(device="cpu")
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(ConfigurationError, match="forked"):
+        noise.add_noise_(torch.zeros(3), 1.0)
