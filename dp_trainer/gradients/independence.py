@@ -38,12 +38,12 @@ _DROPOUTS = frozenset(
         torch.dropout,
     }
 )
-# Signs turn exactly; what is left is for kernels whose order of additions varies from run to run.
 # What draws by chance besides dropout functions, in modules and configurations, and its value without chance.
 _CHANCES: dict[str, float | bool] = {
     **dict.fromkeys(("drop_prob", "layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
     "apply_spec_augment": False,
 }
+# Signs turn exactly; what is left is for kernels whose order of additions varies from run to run.
 _TOLERANCE = 1e-2
 _SEED = 0
 
