@@ -25,7 +25,7 @@ _NEVER_COVERED = (
     "training losses, gradient norms, clip rates and dropped-sample counts in the logs",
     "evaluation on data that is itself private, and choosing a checkpoint or settings by it",
     "earlier runs on the same data, hyper-parameter searches among them: their ε adds up",
-    "attacks on the generator or on the floating-point grid of the noise: it is pseudo-random, not a cipher's output",
+    "attacks on the generator or on the floating-point grid of the noise, which is pseudo-random",
     "whatever was learned about the data before training, such as a vocabulary or a length limit",
 )
 _PACKAGES = ("dp_trainer", "torch", "transformers", "dp-accounting", "numpy", "scipy")
