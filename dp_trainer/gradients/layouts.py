@@ -24,7 +24,7 @@ class RowLayout:
     def __init__(self, samples_R: Tensor, batch_size: int) -> None:
         self.samples_R = samples_R
         self._batch_size = batch_size
-        self._slots: tuple[Tensor, int] | None = None
+        self._cached_places: tuple[Tensor, int] | None = None
 
     def __len__(self) -> int:
         return len(self.samples_R)
@@ -39,9 +39,9 @@ class RowLayout:
 
     def by_sample(self, tensor_RK: Tensor) -> Tensor:
         """Returns the rows as (B, T, …): each sample's own in their order, then zeros up to the longest."""
-        slots_R, longest = self._places()
+        places_R, longest = self._places()
         laid_out = tensor_RK.new_zeros(self._batch_size * longest, *tensor_RK.shape[1:])
-        laid_out.index_copy_(0, slots_R, tensor_RK)
+        laid_out.index_copy_(0, places_R, tensor_RK)
         return laid_out.view(self._batch_size, longest, *tensor_RK.shape[1:])
 
     def sum_by_sample(self, tensor_RK: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class RowLayout:
 
     def _places(self) -> tuple[Tensor, int]:
         """Where each row goes in the flattened (B, T) layout, and T."""
-        if self._slots is None:
+        if self._cached_places is None:
             counts_B = torch.bincount(self.samples_R, minlength=self._batch_size)
             longest = max(1, int(counts_B.max()))
             order_R = torch.argsort(self.samples_R, stable=True)
@@ -65,8 +65,8 @@ class RowLayout:
             ranks_R = torch.empty_like(order_R)
             ranks_R[order_R] = torch.arange(len(self), device=order_R.device)
             ranks_R = ranks_R - firsts_B[self.samples_R]
-            self._slots = self.samples_R * longest + ranks_R, longest
-        return self._slots
+            self._cached_places = self.samples_R * longest + ranks_R, longest
+        return self._cached_places
 
 
 class AxisLayout:

@@ -81,8 +81,10 @@ class RowFollower:
         if not layouts:
             return True, None
         first = layouts[0]
-        if isinstance(first, RowLayout) and any(self._contradicts(t, first) for t in tensors):
-            return False, None
+        if isinstance(first, RowLayout):
+            axes = {t.ndim for t in tensors if t in self._layouts}
+            if any(t.ndim in axes and self._contradicts(t, first) for t in tensors):
+                return False, None
         for other in layouts[1:]:
             if first is None or not first.agrees(other):
                 return False, None
@@ -90,7 +92,7 @@ class RowFollower:
 
     def _contradicts(self, tensor: Tensor, layout: RowLayout) -> bool:
         """Whether sample data in the ordinary order meets reordered rows, place by place."""
-        alike = tensor.is_floating_point() and tensor.ndim > 1 and layout.fits(tensor.shape)
+        alike = tensor.is_floating_point() and layout.fits(tensor.shape)
         plain = tensor not in self._layouts and id(tensor) not in self._known
         return alike and plain and not layout.is_sample_major()
 

@@ -360,6 +360,16 @@ def _micro_batch(batch: int = B) -> dict[str, Tensor]:
     }
 
 
+def _compare(model: nn.Module, micro_batch: dict[str, Tensor], tolerance: float) -> None:
+    """Norms and sum against one sample at a time, some samples clipped and some not."""
+    expected = reference.per_sample_gradients(model, micro_batch, _loss)
+    norms = reference.norms(expected)
+    clipping = FlatClipping(float(norms.median()) * 1.01)
+    actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=clipping)
+    torch.testing.assert_close(actual.norms, norms, rtol=tolerance, atol=0)
+    assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < tolerance
+
+
 # A parameter whose own first axis is the number of samples is told apart by its neighbours' axes only.
 PAIRS = [(c, b) for c in RULE_CASES for b in (B, T, 1) if (c.name, b) != ("batch-size-one-of-the-axes", T)]
 
@@ -367,25 +377,13 @@ PAIRS = [(c, b) for c in RULE_CASES for b in (B, T, 1) if (c.name, b) != ("batch
 @pytest.mark.parametrize(("case", "batch"), PAIRS, ids=str)
 def test_rule_agrees_with_one_sample_at_a_time(case, batch):
     """Also with as many samples as positions, where a sample axis could be mistaken."""
-    model, micro_batch = Toy(case.shapes, case.function), _micro_batch(batch)
-    expected = reference.per_sample_gradients(model, micro_batch, _loss)
-    norms = reference.norms(expected)
-    clipping = FlatClipping(float(norms.median()) * 1.01)
-    actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=clipping)
-    torch.testing.assert_close(actual.norms, norms, rtol=1e-6, atol=0)
-    assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < 1e-6
+    _compare(Toy(case.shapes, case.function), _micro_batch(batch), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("batch", [B, 1])
 def test_experts_in_groups(batch):
     """The grouped product is known in float32 and narrower only."""
-    model, micro_batch = Toy({**MIXTURE, "b": (EXPERTS, D)}, _experts_grouped), _micro_batch(batch)
-    expected = reference.per_sample_gradients(model, micro_batch, _loss)
-    norms = reference.norms(expected)
-    clipping = FlatClipping(float(norms.median()) * 1.01)
-    actual = clipped_gradient_sum(model, [micro_batch], per_sample_loss=_loss, clipping=clipping)
-    torch.testing.assert_close(actual.norms, norms, rtol=1e-4, atol=0)
-    assert reference.distance(actual.gradients, reference.clipped_sum(expected, actual.factors)) < 1e-4
+    _compare(Toy({**MIXTURE, "b": (EXPERTS, D)}, _experts_grouped), _micro_batch(batch), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("function", [_experts_one_by_one, _experts_grouped])

@@ -22,8 +22,6 @@ _RECURRENT: tuple[Callable[..., Any], ...] = (torch.lstm, torch.gru, torch.rnn_t
 
 
 def _one_sample(call: Call, tensor: Tensor, axis: int, sample: int) -> Tensor:
-    if call.sample_axis > 1:
-        call.refuse(f"the samples are on axis {call.sample_axis} of its data")
     if tensor.ndim <= axis or tensor.shape[axis] != call.batch_size:
         call.refuse(
             f"a tensor of shape {tuple(tensor.shape)} does not hold one sample at each place of axis {axis}"
@@ -46,6 +44,8 @@ def _recurrent(
     if any(call.is_tracked(t) for t in (input, *states)):
         call.refuse("its input or first state is made from parameters")
     batch_axis = 0 if settings[-1] else 1
+    if call.sample_axis not in (0, batch_axis):
+        call.refuse(f"it takes the samples from axis {batch_axis}, and they are on axis {call.sample_axis}")
     copies = [call.copies(p) if call.is_tracked(p) else [p] * call.batch_size for p in params]
     results = []
     for sample in range(call.batch_size):
@@ -73,6 +73,8 @@ _SEQUENCES = frozenset({"query", "key", "value"})
 def multi_head_attention(call: Call, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention`` on (T, B, D), its projections included."""
     arguments = _ATTENTION.bind(*args, **kwargs).arguments
+    if call.sample_axis > 1:
+        call.refuse(f"it takes the samples from axis 1, and they are on axis {call.sample_axis}")
     copies = {name: call.copies(value) for name, value in arguments.items() if call.is_tracked(value)}
     pieces = []
     for sample in range(call.batch_size):
