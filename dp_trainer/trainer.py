@@ -358,7 +358,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         if fresh:
             refuse_foreign_parameters(self.optimizer, model)
             self.certificate = self._certify(model)
-            self._certified = trainable
+            self._certified, self._verified_uses = trainable, set()
         if self.privacy.strategy == "loop" or not (
             fresh or self.state.global_step % _STEPS_BETWEEN_LOOKS == 0
         ):

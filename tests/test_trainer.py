@@ -24,6 +24,7 @@ from dp_trainer import (
     UnsupportedOperationError,
     freeze_batch_norm,
 )
+from dp_trainer.gradients import strategies
 
 CASES = {case.name: case for case in MODEL_CASES}
 SAMPLES = 24
@@ -441,6 +442,22 @@ def test_no_secret_reaches_a_checkpoint(tmp_path, monkeypatch):
         assert f"{key:x}".encode() not in written
 
 
+def test_the_same_trainer_does_not_forget_steps_after_a_checkpoint(tmp_path):
+    """What was released after the checkpoint was released, whatever weights training goes on from."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    run = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, extra={"callbacks": [Stop()]})
+    run.train()
+    assert run.accountant.steps_spent == 3
+    shutil.rmtree(tmp_path / "checkpoint-3", ignore_errors=True)
+    with pytest.raises(ConfigurationError, match="counted 3 steps, the checkpoint 2"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.accountant.steps_spent == 3
+
+
 def test_resume_from_the_last_checkpoint(tmp_path):
     _checkpointed(tmp_path)
     shutil.rmtree(tmp_path / "checkpoint-4")
@@ -655,6 +672,55 @@ def test_frozen_batch_normalization_trains_and_keeps_its_statistics(tmp_path):
     assert not {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"} & changed
     model.train()
     assert not model.norm.training
+
+
+def test_frozen_batch_normalization_of_a_single_sample_is_right_whatever_the_gradients_strides():
+    """torch 2.13's own backward of it is not, on a CPU."""
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(16).double()
+    layer.running_mean.normal_()
+    freeze_batch_norm(layer)
+    image, tokens = torch.randn(1, 16, 4, 4).double(), torch.randn(1, 16, 16).double()
+    output = layer(image)
+    (output.flatten(2).transpose(1, 2) @ torch.eye(16).double() * tokens).sum().backward()
+    normalized = (image - layer.running_mean[:, None, None]) / (layer.running_var + layer.eps).sqrt()[
+        :, None, None
+    ]
+    expected = (normalized.flatten(2).transpose(1, 2) * tokens).sum((0, 1))
+    torch.testing.assert_close(layer.weight.grad, expected)
+    torch.testing.assert_close(layer.bias.grad, tokens.sum((0, 1)))
+
+
+def test_every_micro_batch_is_held_against_the_verified_uses(tmp_path, monkeypatch):
+    """A use that is new is looked at before it counts, and once."""
+    looks, branch = [], []
+    plain = strategies.check_independence
+    monkeypatch.setattr(
+        strategies, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
+    )
+
+    class Branch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            branch.append(state.global_step)
+
+    class Model(_WithBatchNorm):
+        def forward(self, input_ids, attention_mask, labels=None):
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            return {"logits": logits * self.norm.weight if len(branch) >= 2 else logits}
+
+    model = Model()
+    freeze_batch_norm(model)
+    per_sample = lambda outputs, labels, **_: nn.functional.cross_entropy(  # noqa: E731
+        outputs["logits"], labels, reduction="none"
+    )
+    run = trainer(
+        tmp_path,
+        model=model,
+        extra={"compute_loss_func": per_sample, "callbacks": [Branch()]},
+        max_steps=4,
+    )
+    run.train()
+    assert looks == [0, 2]
 
 
 def test_foreign_batch_normalization_cannot_be_frozen():

@@ -66,7 +66,8 @@ class PrivacyAccountant:
             state: What ``state_dict`` returned, maybe read back from JSON; None if there was none.
 
         Raises:
-            ConfigurationError: If the record is missing, damaged, of another version or of another plan.
+            ConfigurationError: If the record is missing, damaged, of another version or of another plan, or
+                counts fewer steps than were counted here.
             PrivacyBudgetError: If it has spent more steps than this plan allows.
         """
         steps_spent = _checked_record(state, self.plan)
@@ -74,6 +75,12 @@ class PrivacyAccountant:
             raise PrivacyBudgetError(
                 f"The checkpoint has spent {steps_spent} steps, this plan allows {self.plan.steps}. "
                 "Raise target_epsilon together with a stated noise_multiplier, or use the weights as they are."
+            )
+        if steps_spent < self._steps_spent:
+            raise ConfigurationError(
+                f"This accountant has counted {self._steps_spent} steps, the checkpoint {steps_spent}: the steps "
+                "between them were released too, and would go uncounted. Resume from the latest checkpoint, or "
+                "with a new DPTrainer, whose ε then adds to this one."
             )
         self._steps_spent = steps_spent
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import pickle
 
 import numpy as np
@@ -192,3 +193,25 @@ def test_noise_on_the_gpu():
     before = torch.cuda.get_rng_state()
     noise.add_noise_(torch.zeros(10, device="cuda"), 1.0)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_two_threads_never_share_the_buffers(monkeypatch):
+    """On the same buffers two threads would give out the same noise twice."""
+    noise = NoiseGenerator(device="cpu")
+    plain, held = type(noise._keystream)._add_chunk_, []
+
+    def spy(keystream, values, std):
+        held.append(keystream._lock.locked())
+        plain(keystream, values, std)
+
+    monkeypatch.setattr(type(noise._keystream), "_add_chunk_", spy)
+    noise.add_noise_(torch.zeros(3), 1.0)
+    assert held == [True]
+
+
+def test_a_forked_noise_generator_refuses_to_draw(monkeypatch):
+    noise = NoiseGenerator(device="cpu")
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(ConfigurationError, match="forked"):
+        noise.add_noise_(torch.zeros(3), 1.0)

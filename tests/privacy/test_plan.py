@@ -177,6 +177,14 @@ def test_a_resumed_run_counts_on():
     assert resumed.epsilon == spent(6).epsilon
 
 
+def test_an_older_record_never_lowers_the_count():
+    accountant = spent(5)
+    with pytest.raises(ConfigurationError, match="counted 5 steps, the checkpoint 3"):
+        accountant.load_state(spent(3).state_dict())
+    assert accountant.steps_spent == 5
+    accountant.load_state(spent(5).state_dict())
+
+
 def test_a_record_survives_rounding_in_the_last_digits_only():
     record = spent(5).state_dict()
     spent(0, noise_multiplier=10.0 * (1 + 1e-14)).load_state(record)
