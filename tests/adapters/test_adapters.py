@@ -96,8 +96,10 @@ def test_what_peft_cannot_build_is_told_from_what_is_refused():
     def broken(_title, _model):
         raise ValueError("no such layer")
 
-    outcome = run(Method(name="broken", wrap=broken), "ViT")
-    assert (outcome.verdict, outcome.reason) == ("not in PEFT", "no such layer")
+    outcome = run(Method(name="broken", wrap=broken, absent={"ViT": "PEFT has none"}), "ViT")
+    assert (outcome.verdict, outcome.reason) == ("not in PEFT", "PEFT has none")
+    with pytest.raises(ValueError, match="no such layer"):
+        run(Method(name="broken", wrap=broken), "ViT")
 
 
 def test_the_page_holds_every_method_once_and_every_reason():
