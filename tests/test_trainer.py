@@ -723,6 +723,23 @@ def test_every_micro_batch_is_held_against_the_verified_uses(tmp_path, monkeypat
     assert looks == [0, 2]
 
 
+def test_a_new_certificate_verifies_every_use_anew(tmp_path, monkeypatch):
+    """What remains trainable was verified before, beside other parameters."""
+    looks, plain = [], strategies.check_independence
+    monkeypatch.setattr(
+        strategies, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
+    )
+
+    class Freeze(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.bert.requires_grad_(False)
+
+    model = CASES["bert-classifier"].build()
+    run = trainer(tmp_path, model=model, extra={"callbacks": [Freeze()]}, max_steps=3)
+    run.train()
+    assert sorted(set(looks)) == [0, 1]
+
+
 def test_foreign_batch_normalization_cannot_be_frozen():
     class Own(nn.BatchNorm2d):
         pass

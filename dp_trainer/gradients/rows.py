@@ -241,7 +241,10 @@ class RowFollower:
     def _note_transpose(self, source: Tensor, result: Tensor) -> bool:
         """Notes where a permutation of axes moves the samples' axis; returns whether it was followed."""
         layout = self._layouts.get(source)
-        if isinstance(layout, RowLayout) or (layout is None and source in self._layouts):
+        if isinstance(layout, RowLayout):
+            self._layouts[result] = layout if _keeps_first_axis(source, result, len(layout)) else None
+            return True
+        if layout is None and source in self._layouts:
             return False
         axis = 0 if layout is None else layout.axis
         if source.ndim <= axis or not source.shape[axis] or source.shape[axis] % self._batch_size:
@@ -318,6 +321,13 @@ def _has_rows(tensor: Tensor, rows: int) -> bool:
     if tensor.ndim == 0:
         return False
     return tensor.shape[0] == rows or (tensor.ndim > 1 and tensor.shape[0] == 1 and tensor.shape[1] == rows)
+
+
+def _keeps_first_axis(source: Tensor, result: Tensor, rows: int) -> bool:
+    """Whether a permutation of axes left the rows, on the first axis, where they are."""
+    axes = list(zip(source.shape, source.stride(), strict=True))
+    here = (result.shape[0], result.stride(0)) == axes[0]
+    return source.shape[0] == rows and here and axes.count(axes[0]) == 1
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -120,7 +120,19 @@ class _ChosenByExperts(nn.Module):
         return torch.bmm(tokens[chosen.flatten()].view(E, 8, D), self.weight).mean() + x
 
 
-@pytest.mark.parametrize("model", [_Sorted, _ChosenByExperts])
+class _SortedAttention(nn.Module):
+    """Attention over the batch in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(D, 2, batch_first=True)
+
+    def forward(self, x):
+        x = x[torch.argsort(x.sum((1, 2)))]
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("model", [_Sorted, _SortedAttention, _ChosenByExperts])
 def test_picked_rows_in_whole_layers_are_refused(model):
     """They were once recorded by place: one sample's norm stood for another's."""
     with pytest.raises(UnsupportedOperationError):
@@ -129,16 +141,99 @@ def test_picked_rows_in_whole_layers_are_refused(model):
         )
 
 
-def test_unsorting_by_a_write_is_followed():
-    def unsort(m, x):
-        order = torch.argsort(x.sum((1, 2)))
-        back = torch.empty_like(x)
-        back[order] = x[order].tanh()
-        return m.layer(back)
+class _OnAnotherAxis(nn.Module):
+    """A layer that takes the samples from another axis than theirs, where each axis is as long."""
 
+    def __init__(self, axes, layer):
+        super().__init__()
+        self.axes, self.layer = axes, layer
+
+    def forward(self, x):
+        moved = x.permute(self.axes)
+        if isinstance(self.layer, nn.ParameterList):
+            return torch.bmm(moved, self.layer[0])
+        return self.layer(*[moved] * (3 if isinstance(self.layer, nn.MultiheadAttention) else 1))[0]
+
+
+OTHER_AXES = {
+    "recurrent": ((1, 0, 2), lambda: nn.LSTM(D, 3, batch_first=True), "from axis 0, and they are on axis 1"),
+    "attention": ((1, 2, 0), lambda: nn.MultiheadAttention(D, 2), "from axis 1, and they are on axis 2"),
+    "experts": ((1, 2, 0), lambda: nn.ParameterList([torch.randn(D, D, D)]), "no second axis"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_AXES)
+def test_whole_layers_over_another_axis_are_refused(name):
+    axes, layer, fragment = OTHER_AXES[name]
+    with pytest.raises(UnsupportedOperationError, match=fragment):
+        clipped_gradient_sum(
+            _OnAnotherAxis(axes, layer()),
+            [{"x": torch.randn(D, D, D)}],
+            per_sample_loss=_loss,
+            clipping=FlatClipping(1.0),
+        )
+
+
+def _two_orders(x, order):
+    return x[order] + x[order.flip(0)]
+
+
+def _a_known_and_an_unknown_order(x, order):
+    rows = x[order]
+    return rows + rows.view(2 * D, -1, D).exp().view_as(rows)
+
+
+def _two_axes(x, order):
+    return x.permute(1, 2, 0) + x.transpose(0, 1)
+
+
+def _two_axes_turned(x, order):
+    return x.transpose(0, 1) + x.permute(1, 2, 0)
+
+
+def _one_axis_of_two_lengths(x, order):
+    return torch.cat((x.transpose(0, 1), x.repeat_interleave(2, 0).transpose(0, 1)), 1)
+
+
+@pytest.mark.parametrize(
+    "meeting",
+    [_two_orders, _a_known_and_an_unknown_order, _two_axes, _two_axes_turned, _one_axis_of_two_lengths],
+)
+def test_data_whose_samples_are_in_different_places_is_refused_where_it_meets(meeting):
+    """Which sample a row of the result is then cannot be told, though every axis is as long as the batch."""
+    model = _Model(lambda m, x: m.layer(meeting(x, torch.argsort(x.sum((1, 2))))))
+    with pytest.raises(UnsupportedOperationError, match="could not be followed"):
+        clipped_gradient_sum(
+            model, [{"x": torch.randn(D, D, D)}], per_sample_loss=_loss, clipping=FlatClipping(1.0)
+        )
+
+
+def _put_into_the_samples(x, order):
+    back = torch.empty_like(x)
+    back[order] = x[order].tanh()
+    return back
+
+
+def _put_into_a_twin_of_the_sorted(x, order):
+    sorted_x = x[order]
+    back = torch.empty_like(sorted_x)
+    back[order] = sorted_x.tanh()
+    return back
+
+
+def _copied_into_a_twin_of_the_sorted(x, order):
+    sorted_x = x[order]
+    return torch.zeros_like(sorted_x).index_copy(0, order, sorted_x.tanh())
+
+
+@pytest.mark.parametrize(
+    "unsort", [_put_into_the_samples, _put_into_a_twin_of_the_sorted, _copied_into_a_twin_of_the_sorted]
+)
+def test_unsorting_by_a_write_is_followed(unsort):
+    """A tensor made in the shape of sorted data is not sorted."""
     torch.manual_seed(0)
-    model, batch = _Model(unsort), {"x": torch.randn(4, 5, D)}
-    _compare(model, batch)
+    model = _Model(lambda m, x: m.layer(unsort(x, torch.argsort(x.sum((1, 2))))))
+    _compare(model, {"x": torch.randn(4, 5, D)})
 
 
 def test_a_constant_table_in_the_datas_dtype_stays_a_constant():
@@ -159,6 +254,24 @@ def test_reordered_rows_that_meet_the_samples_in_their_order_are_refused():
         )
 
 
+@pytest.mark.parametrize("length", [4, 5, 8])
+def test_reordered_samples_behind_a_transpose_are_refused(length):
+    """Also with as many positions as samples, where the first axis still has the right length."""
+
+    def time_first(model, x):
+        order = torch.argsort(x.sum((1, 2)))
+        made = model.layer(x[order].transpose(0, 1)).transpose(0, 1)
+        return torch.empty_like(made).index_copy(0, order, made)
+
+    with pytest.raises(UnsupportedOperationError):
+        clipped_gradient_sum(
+            _Model(time_first),
+            [{"x": torch.randn(4, length, D)}],
+            per_sample_loss=_loss,
+            clipping=FlatClipping(1.0),
+        )
+
+
 def test_cross_attention_of_time_first_data():
     class Cross(nn.Module):
         def __init__(self):
@@ -174,7 +287,10 @@ def test_cross_attention_of_time_first_data():
     _compare(model, batch)
 
 
-def test_rows_behind_the_last_expert_hold_nothing():
+@pytest.mark.parametrize("behind", [1.0, float("nan")])
+def test_rows_behind_the_last_expert_hold_nothing(behind):
+    """Neither they nor their gradients count, whatever they are."""
+
     class Grouped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -183,8 +299,9 @@ def test_rows_behind_the_last_expert_hold_nothing():
         def forward(self, x):
             rows = F.pad(x, (0, 2)).reshape(-1, 8)
             ends = torch.tensor([3, 8, 8, len(rows) - 4], dtype=torch.int32)
-            product = F.grouped_mm(rows, self.weight, offs=ends)
             used = (torch.arange(len(rows)) < ends[-1])[:, None]
+            filling = torch.where(used, 1.0, behind)
+            product = F.grouped_mm(rows * filling, self.weight, offs=ends) * filling
             return torch.where(used, product, 0).view(len(x), -1)
 
     torch.manual_seed(0)

@@ -437,6 +437,7 @@ REFUSED = {
         "axis",
     ),
     "join-along-samples": ({"w": (1, T, D)}, lambda m, x, i: torch.cat((x, m.w))[:-1], "sample axis"),
+    "experts-without-samples": ({"w": (B, D, D)}, lambda m, x, i: torch.bmm(x[:, :3], m.w), "second axis"),
     "scalar-of-all-samples": ({"w": (D,)}, lambda m, x, i: (m.w * x.abs().max()) + x, "axis"),
 }
 

@@ -90,6 +90,25 @@ def test_noise_is_added_in_place_and_divided(dtype, divisor, contiguous, std):
     assert (std == 0) == torch.equal(total, torch.full_like(total, 3.0 / divisor))
 
 
+def test_a_sum_of_several_chunks_is_divided_once():
+    total = torch.full((300_001,), 3.0)
+    noise = NoiseGenerator(device="cpu", insecure_seed=2).gaussian(total.shape, 0.5)
+    expected = (total + noise) / 64
+    NoiseGenerator(device="cpu", insecure_seed=2).add_noise_(total, 0.5, divisor=64)
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_torchs_generator_adds_noise_and_divides_too(contiguous):
+    """As on a GPU."""
+    noise, total = NoiseGenerator(device="cpu"), torch.full((5, 4), 3.0)
+    total = total if contiguous else total.T
+    noise._keystream, noise._torch = None, torch.Generator().manual_seed(2)
+    drawn = torch.randn(total.shape, generator=torch.Generator().manual_seed(2))
+    noise.add_noise_(total, 0.5, divisor=64)
+    torch.testing.assert_close(total, (3.0 + 0.5 * drawn) / 64, rtol=1e-6, atol=0)
+
+
 def test_zero_std_changes_nothing_and_draws_nothing():
     noise, twin = (NoiseGenerator(device="cpu", insecure_seed=4) for _ in range(2))
     total = torch.tensor([1.0, -0.0, math.inf])
