@@ -8,6 +8,15 @@ CONFIG ?= configs/sentiment_quickstart.yaml
 # Processes that run tests side by side; each computes on one thread.
 JOBS   ?= 2
 
+# Rounds of the benchmark: with one micro-batch a step, and with eight. Few, so that it ends.
+ROUNDS ?= 3 2
+SCALING_ROUNDS ?= 7
+RUN_ROUNDS ?= 3
+# Folders for bench-throughput; SST2_DATA may be a hub name.
+GPT2_TOKENIZER    ?=
+ROBERTA_TOKENIZER ?=
+SST2_DATA         ?=
+
 BIN     := $(VENV)/bin
 # One file an installed set of extras; newer requirements install again.
 RUN     := $(VENV)/installed-quickstart
@@ -15,12 +24,16 @@ DEV     := $(VENV)/installed-dev
 # torch stands in the same command as the constraints: left to itself, pip may
 # fetch another build of several gigabytes first and replace it afterwards.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+BENCH   := $(BIN)/python scripts/benchmark.py --write docs/performance.md
+TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
+           $(if $(ROBERTA_TOKENIZER),--roberta-tokenizer $(ROBERTA_TOKENIZER)) \
+           $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format zoo adapters precision bench clean
+.PHONY: help quickstart test test-slow lint format zoo adapters precision bench bench-scaling bench-overhead bench-throughput clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 quickstart: $(RUN)  ## Fine-tune a small model privately on bundled data (CONFIG=… for another run)
 	$(BIN)/python scripts/finetune.py --config $(CONFIG)
@@ -49,8 +62,17 @@ adapters: $(DEV)  ## The same for the methods of PEFT; writes docs/peft.md
 precision: $(DEV)  ## Measure norms in bfloat16; writes docs/precision.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/precision.py --write docs/precision.md
 
-bench: $(DEV)  ## Time private against ordinary training steps
-	$(BIN)/python scripts/benchmark.py
+bench: $(DEV)  ## Time private against ordinary steps; writes docs/performance.md (ROUNDS="10 4" for more rounds)
+	$(BENCH) --micro-batches 1 8 --rounds $(ROUNDS)
+
+bench-scaling: $(DEV)  ## The same over length, micro-batch and model size
+	$(BENCH) --scaling --rounds $(SCALING_ROUNDS)
+
+bench-overhead: $(DEV)  ## Calls of a step, and what each costs
+	$(BENCH) --overhead
+
+bench-throughput: $(DEV)  ## Whole runs on text (GPT2_TOKENIZER=, ROBERTA_TOKENIZER=, SST2_DATA= add E2E and SST-2)
+	$(BENCH) --throughput --rounds $(RUN_ROUNDS) $(TEXTS)
 
 clean:  ## Remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -10,7 +10,7 @@ from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.accounting import ACCOUNTANTS, SAMPLINGS
 from dp_trainer.privacy.clipping import CLIPPING_FUNCTIONS, AutomaticClipping, ClippingFunction
 
-STRATEGIES = ("automatic", "book_keeping", "loop")
+STRATEGIES = ("automatic", "book_keeping", "two_pass", "direct", "loop")
 
 
 def _setting(help_text: str, *, choices: tuple[str, ...] | None = None) -> dict[str, Any]:

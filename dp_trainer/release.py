@@ -6,13 +6,14 @@ tensors of a release here, its numbers there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dp_trainer.gradients.capture import Use
+from dp_trainer.gradients.halving import Halving
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss, clipped_gradient_sum
 from dp_trainer.privacy.noise import NoiseGenerator
 from dp_trainer.privacy.plan import PrivacyPlan
@@ -37,7 +38,7 @@ class ReleaseReport:
 
 def release(
     model: nn.Module,
-    micro_batches: Iterable[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     *,
     per_sample_loss: PerSampleLoss,
     plan: PrivacyPlan,
@@ -45,6 +46,8 @@ def release(
     strategy: str,
     rounding_margin: float,
     verified: set[Use] | None = None,
+    prepare: Callable[[MicroBatch], MicroBatch] = lambda micro_batch: micro_batch,
+    halving: Halving | None = None,
 ) -> ReleaseReport:
     """Puts the privatized mean gradient into ``.grad`` of every trainable parameter.
 
@@ -62,14 +65,19 @@ def release(
         strategy: See ``clipped_gradient_sum``.
         rounding_margin: Relative extra noise that covers rounding, from the certificate.
         verified: See ``clipped_gradient_sum``.
+        prepare: Moves one micro-batch to the model's device.
+        halving: How micro-batches were halved so far; updated where memory runs out.
     """
-    clipped = clipped_gradient_sum(
-        model,
+    clipped = (halving or Halving()).run(
         micro_batches,
-        per_sample_loss=per_sample_loss,
-        clipping=plan.clipping,
-        strategy=strategy,
-        verified=verified,
+        lambda pieces: clipped_gradient_sum(
+            model,
+            map(prepare, pieces),
+            per_sample_loss=per_sample_loss,
+            clipping=plan.clipping,
+            strategy=strategy,
+            verified=verified,
+        ),
     )
     noise_std = plan.noise_std * (1 + rounding_margin)
     parameters = dict(model.named_parameters())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_len
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.certificate import LARGEST_EXCESS, Certificate, certify
+from dp_trainer.gradients.halving import Halving
 from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, per_sample_loss_for
 from dp_trainer.privacy.accountant import PrivacyAccountant
 from dp_trainer.privacy.noise import NoiseGenerator
 from dp_trainer.privacy.plan import PrivacyPlan, make_plan
-from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, fresh_key
+from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, fresh_key, steps_per_epoch
 from dp_trainer.privacy.statement import PrivacyStatement, privacy_statement
 from dp_trainer.refusals import (
     refuse_foreign_parameters,
@@ -120,6 +121,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         self.certificate: Certificate | None = None
         self._certified: frozenset[str] | None = None
         self._verified_uses: set[Use] = set()
+        self._halving = Halving()
         self._dropped_samples = 0
         self._noise = NoiseGenerator(device=self.args.device, insecure_seed=privacy.insecure_noise_seed)
         self._accountant: PrivacyAccountant | None = None
@@ -171,7 +173,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         steps = self._steps_wanted
         if steps <= 0:
             drawn = size if self.privacy.sampling == "full_batch" else batch
-            steps = math.ceil(self.args.num_train_epochs * _steps_per_epoch(size, drawn))
+            steps = math.ceil(self.args.num_train_epochs * steps_per_epoch(size, drawn))
         return make_plan(self.privacy, dataset_size=rows, expected_batch_size=batch, steps=steps)
 
     # The Trainer's extension points.
@@ -214,7 +216,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         plan = self.plan
         self.args.max_steps = plan.steps
         dataset, collator = self._training_data()
-        steps = _steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
+        steps = steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
         rows = len(dataset)
         sampler: Any = FullBatchSampler(dataset_size=rows, steps=steps)
         if plan.sampling == "poisson":
@@ -272,13 +274,15 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         self.accountant.spend_step()
         report = release(
             module,
-            (self._prepare_inputs(micro_batch) for micro_batch in inputs.micro_batches),
+            inputs.micro_batches,
             per_sample_loss=self._per_sample_loss(),
             plan=self.plan,
             noise=self._noise,
             strategy=self.privacy.strategy,
             rounding_margin=self.certificate.rounding_margin if self.certificate else LARGEST_EXCESS,
             verified=self._verified_uses if self.privacy.certificate_samples else None,
+            prepare=self._prepare_inputs,
+            halving=self._halving,
         )
         if report.dropped_samples:
             self._dropped_samples += report.dropped_samples
@@ -291,7 +295,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as ``Trainer``; training lines also say the ε spent so far."""
         if self._accountant is not None and ("loss" in logs or "train_loss" in logs):
-            logs["epsilon"] = _rounded_up(self.accountant.epsilon)
+            logs["epsilon"] = self.accountant.epsilon_in_logs
             if self._dropped_samples:
                 logs["dropped_samples"] = self._dropped_samples
         super().log(logs, start_time)
@@ -359,15 +363,18 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             refuse_foreign_parameters(self.optimizer, model)
             self.certificate = self._certify(model)
             self._certified, self._verified_uses = trainable, set()
-        if self.privacy.strategy == "loop" or not (
-            fresh or self.state.global_step % _STEPS_BETWEEN_LOOKS == 0
-        ):
+        if self.privacy.strategy in ("direct", "loop"):
             return
-        pieces = logical_batch.micro_batches
-        for index in sorted({0, len(pieces) // 2, len(pieces) - 1} if fresh else {len(pieces) // 2}):
-            if pieces:
+        pieces, due = logical_batch.micro_batches, set()
+        if fresh or self.state.global_step % _STEPS_BETWEEN_LOOKS == 0:
+            due = {0, len(pieces) // 2, len(pieces) - 1} if fresh else {len(pieces) // 2}
+
+        def look(micro_batches: Iterable[MicroBatch]) -> None:
+            for micro_batch in micro_batches:
                 with repeatable(model):
-                    check_independence(model, self._prepare_inputs(pieces[index]), self._per_sample_loss())
+                    check_independence(model, self._prepare_inputs(micro_batch), self._per_sample_loss())
+
+        self._halving.run([piece for index, piece in enumerate(pieces) if index in due], look)
 
     def _certify(self, model: nn.Module) -> Certificate:
         """Compares losses and gradients with their slow twins on a few real samples."""
@@ -388,13 +395,3 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             strategy=self.privacy.strategy,
             computation_dtype=torch.bfloat16 if self.args.bf16 else None,
         )
-
-
-def _steps_per_epoch(rows: int, drawn: int) -> int:
-    """Logical batches that show each sample about once, rounded up as in ``Trainer``."""
-    return max(1, math.ceil(rows / drawn))
-
-
-def _rounded_up(epsilon: float) -> float:
-    """Four decimals for a log line, never less than was spent."""
-    return math.ceil(epsilon * 1e4) / 1e4 if math.isfinite(epsilon) else epsilon

@@ -24,7 +24,7 @@ from dp_trainer import (
     UnsupportedOperationError,
     freeze_batch_norm,
 )
-from dp_trainer.gradients import strategies
+from dp_trainer.gradients import book_keeping
 
 CASES = {case.name: case for case in MODEL_CASES}
 SAMPLES = 24
@@ -694,9 +694,9 @@ def test_frozen_batch_normalization_of_a_single_sample_is_right_whatever_the_gra
 def test_every_micro_batch_is_held_against_the_verified_uses(tmp_path, monkeypatch):
     """A use that is new is looked at before it counts, and once."""
     looks, branch = [], []
-    plain = strategies.check_independence
+    plain = book_keeping.check_independence
     monkeypatch.setattr(
-        strategies, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
+        book_keeping, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
     )
 
     class Branch(TrainerCallback):
@@ -725,9 +725,9 @@ def test_every_micro_batch_is_held_against_the_verified_uses(tmp_path, monkeypat
 
 def test_a_new_certificate_verifies_every_use_anew(tmp_path, monkeypatch):
     """What remains trainable was verified before, beside other parameters."""
-    looks, plain = [], strategies.check_independence
+    looks, plain = [], book_keeping.check_independence
     monkeypatch.setattr(
-        strategies, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
+        book_keeping, "check_independence", lambda *a: looks.append(run.state.global_step) or plain(*a)
     )
 
     class Freeze(TrainerCallback):

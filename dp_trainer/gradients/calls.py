@@ -27,6 +27,9 @@ class Recorder(Protocol):
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
         """Adds one use of a parameter or of a tensor derived from some."""
 
+    def expect(self, derived: Derived) -> None:
+        """Announces a use whose gradient the backward pass will record."""
+
     def derive(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Runs a function of parameters and constants; its result stays tracked."""
 
@@ -92,6 +95,8 @@ class CapturedCall:
     def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
         """Records each use's form when the gradient of ``output`` arrives; returns the output."""
         tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        for derived, _ in tracked:
+            self._recorder.expect(derived)
         if output._is_view():
             # A view written to in place loses its hooks. This shares the memory and is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -140,6 +145,7 @@ class CapturedCall:
         if derived.batch_first and tensor.ndim and tensor.shape[0] == self.batch_size > 1:
             self.refuse("its argument made from parameters has a first axis that may run over the samples")
         stacked = tensor.detach().expand(self.batch_size, *tensor.shape).requires_grad_()
+        self._recorder.expect(derived)
 
         def record(grad: Tensor) -> None:
             with torch._C.DisableTorchFunction():
@@ -157,6 +163,7 @@ class CapturedCall:
         if rows % self.batch_size:
             self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no axis over the samples")
         copy = tensor.detach().requires_grad_()
+        self._recorder.expect(derived)
 
         def record(grad: Tensor) -> None:
             with torch._C.DisableTorchFunction():
@@ -201,6 +208,7 @@ class CapturedCall:
 
         if not copy.is_floating_point():
             self.refuse(f"its argument is of type {copy.dtype}")
+        self._recorder.expect(derived)
         copy.requires_grad_().register_hook(record)  # type: ignore[no-untyped-call]
         return copy
 

@@ -14,6 +14,7 @@ any trainable parameter shows a use that escaped, which is an error too.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -25,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.calls import CapturedCall, refusal
 from dp_trainer.gradients.checkpointing import recomputation_under
-from dp_trainer.gradients.derived import Derived, to_parameters
+from dp_trainer.gradients.derived import Derived, Link, to_parameters
 from dp_trainer.gradients.forms import Form, Materialized
 from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
@@ -79,23 +80,42 @@ Use: TypeAlias = tuple[str, tuple[object, ...], str]
 """How a call used parameters: the function, the parameters, and where its data had the samples."""
 
 
+Settle: TypeAlias = Callable[[str, Form], Form | None]
+
+
 class Tape:
     """The forms recorded in one capture, and in ``uses`` how they came about.
 
     Args:
         parameters: Trainable parameters by name; a shared one stands once.
         batch_size: B, the number of samples in the micro-batch.
+        settle: See ``capture``.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], batch_size: int) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], batch_size: int, settle: Settle | None = None
+    ) -> None:
         self.parameters = parameters
         self.batch_size = batch_size
         self.uses: set[Use] = set()
+        self._settle = settle
+        # How many gradients the forward pass lets expect for each parameter.
+        self._expected: Counter[str] = Counter()
         self._records: list[_Record] = []
         self._forms: dict[str, list[Form]] = {}
 
+    def expect(self, derived: Derived) -> None:
+        """Announces in the forward pass that ``record`` will follow in the backward pass."""
+        self._expected.update(derived.roots)
+
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
         """Adds one use of a parameter or of a tensor derived from some."""
+        is_parameter = derived.base is None and derived.link is Link.SAME and not aligned
+        if self._settle is not None and is_parameter and self._expected[derived.roots[0]] == 1:
+            settled = self._settle(derived.roots[0], form)
+            if settled is None:
+                return
+            form = settled
         self._records.append(_Record(derived, form, aligned))
         if aligned:
             self.uses.add(("its first axis is the samples'", derived.roots, "first axis"))
@@ -128,7 +148,7 @@ class Tape:
 
 
 @contextlib.contextmanager
-def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
+def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) -> Iterator[Tape]:
     """Records all per-sample gradients of one forward and one backward pass inside it.
 
     Guarantee: on leaving, every use of a trainable parameter that the backward
@@ -138,6 +158,8 @@ def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
     Args:
         model: The model; its trainable parameters are those with ``requires_grad``.
         batch_size: B. Tensors of sample data must begin with a sample-major axis.
+        settle: Called with a parameter's name and a form as it arrives, if it belongs to the parameter's
+            only use. Returns an equal form, or None to take it off the tape; what it replaces is freed.
 
     Yields:
         The tape; read it with ``take_forms`` after leaving.
@@ -155,7 +177,7 @@ def capture(model: nn.Module, batch_size: int) -> Iterator[Tape]:
     kept_grads = {name: p.grad for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
-    tape = Tape(parameters, batch_size)
+    tape = Tape(parameters, batch_size, settle)
     mode = CaptureMode(model, tape)
     try:
         with recomputation_under(model, mode), mode:
@@ -244,6 +266,10 @@ class CaptureMode(TorchFunctionMode):
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
         """Adds one use of a parameter or of a tensor derived from some."""
         self._tape.record(derived, form, aligned=aligned)
+
+    def expect(self, derived: Derived) -> None:
+        """Announces a use whose gradient the backward pass will record."""
+        self._tape.expect(derived)
 
     def derive(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Runs a function of parameters and constants; its result stays tracked."""

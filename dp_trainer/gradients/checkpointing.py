@@ -59,6 +59,13 @@ def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[N
         setattr(torch.utils.checkpoint, _GENERATOR, original)
 
 
+def saves_memory(model: nn.Module) -> bool:
+    """Whether gradient checkpointing of a transformers model is on, and in effect."""
+    return any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    )
+
+
 class _Both:
     """Two contexts as one that can be entered again, since a block may be recomputed more than once."""
 

@@ -30,9 +30,14 @@ import torch
 from torch import Tensor
 
 from dp_trainer.gradients.measures import (
+    ROUNDING_OF_WEIGHTS,
     GramCache,
     Measure,
+    accumulation_dtype,
+    batched_product,
     gram_blocks,
+    splits_weights,
+    weighted_product,
     wide,
     zero_dropped,
 )
@@ -63,16 +68,18 @@ class OuterProduct:
 
     def dense(self) -> Tensor:
         """Returns the gradients themselves, (B, P, D)."""
-        return torch.bmm(wide(self.left_BTP).mT, wide(self.right_BTD))
+        return batched_product(self.left_BTP.mT, self.right_BTD)
 
     def measure(self, grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² up to cancellation, from the Gram matrices of both factors, and the spread."""
-        left = wide(self.left_BTP)
+        left = self.left_BTP
         if left.shape[1] == 1:
-            norms_B = torch.linalg.vector_norm(left[:, 0], dim=1)
+            norms_B = torch.linalg.vector_norm(wide(left)[:, 0], dim=1)
             norms_B = norms_B * torch.linalg.vector_norm(wide(self.right_BTD)[:, 0], dim=1)
             return Measure(norms_B.square(), norms_B)
-        squares_B, spreads_B = left.new_zeros(left.shape[0]), left.new_zeros(left.shape[0])
+        dtype = accumulation_dtype(left, self.right_BTD)
+        squares_B = left.new_zeros(left.shape[0], dtype=dtype)
+        spreads_B = torch.zeros_like(squares_B)
         grams = GramCache() if grams is None else grams
         for left_BXS, right_BXS in zip(gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
             products_BXS = left_BXS.mul_(right_BXS)
@@ -93,15 +100,8 @@ class OuterProduct:
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``, (P, D); writes into ``total`` if given."""
-        left, right = wide(self.left_BTP), wide(self.right_BTD)
-        weights = factors_B.to(left.dtype)[:, None, None]
-        # The narrower factor is scaled: less memory, less work.
-        if left.shape[2] < right.shape[2]:
-            left = left * weights
-        else:
-            right = right * weights
-        left_PX, right_XD = left.flatten(0, 1).T, right.flatten(0, 1)
-        return left_PX @ right_XD if total is None else total.addmm_(left_PX, right_XD)
+        weights_X = factors_B.repeat_interleave(self.left_BTP.shape[1])
+        return weighted_product(self.left_BTP.flatten(0, 1), self.right_BTD.flatten(0, 1), weights_X, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,20 +208,20 @@ def inner_products(first: Form, second: Form) -> Tensor:
         first, second = second, first
     match first, second:
         case OuterProduct(), OuterProduct():
-            products_BTS = torch.bmm(wide(first.left_BTP), wide(second.left_BTP).mT)
-            return products_BTS.mul_(torch.bmm(wide(first.right_BTD), wide(second.right_BTD).mT)).sum((1, 2))
+            products_BTS = batched_product(first.left_BTP, second.left_BTP.mT)
+            return products_BTS.mul_(batched_product(first.right_BTD, second.right_BTD.mT)).sum((1, 2))
         case OuterProduct(), RowScatter():
             # Σ_{t,s} left[t, row of s] · ⟨right[t], value of s⟩
             rows_BTS = second.rows_BT[:, None, :].expand(-1, first.left_BTP.shape[1], -1)
             picked_BTS = wide(first.left_BTP.gather(2, rows_BTS))
-            products_BTS = torch.bmm(wide(first.right_BTD), wide(second.values_BTD).mT)
+            products_BTS = batched_product(first.right_BTD, second.values_BTD.mT)
             return (picked_BTS * products_BTS).sum((1, 2))
         case OuterProduct(), Materialized():
             applied_BTD = torch.bmm(wide(first.left_BTP), wide(second.gradients_BK))
             return (applied_BTD * wide(first.right_BTD)).sum((1, 2))
         case RowScatter(), RowScatter():
             same_BTS = first.rows_BT[:, :, None] == second.rows_BT[:, None, :]
-            products_BTS = torch.bmm(wide(first.values_BTD), wide(second.values_BTD).mT)
+            products_BTS = batched_product(first.values_BTD, second.values_BTD.mT)
             return (products_BTS * same_BTS).sum((1, 2))
         case RowScatter(), Materialized():
             rows_BTD = first.rows_BT[:, :, None].expand(-1, -1, second.gradients_BK.shape[2])
@@ -230,8 +230,23 @@ def inner_products(first: Form, second: Form) -> Tensor:
             return (first.dense() * second.dense()).reshape(first.dense().shape[0], -1).sum(1)
 
 
-def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> Tensor:
-    """Returns ‖Σ of all forms‖² of one parameter per sample, (B,), rounded up.
+@dataclass(frozen=True, eq=False)
+class SquaredNorms:
+    """What is known of ‖Σ of all forms‖² of one parameter, per sample.
+
+    Args:
+        bounds_B: Not below the true squares, (B,).
+        spreads_B: See ``Measure``.
+        cancelled_B: Where the bound is mostly rounding, so that building the gradient gives a closer one.
+    """
+
+    bounds_B: Tensor
+    spreads_B: Tensor
+    cancelled_B: Tensor
+
+
+def bound_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> SquaredNorms:
+    """Returns ‖Σ of all forms‖² of one parameter per sample, rounded up.
 
     A shared parameter's gradients add up before the norm, so every pair of uses
     contributes its cross term.
@@ -250,12 +265,31 @@ def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> 
         total_B = total_B + 2 * inner_products(first, second)
     unit = torch.finfo(total_B.dtype).eps
     squared_spread_B = spread_B.square()
-    bounds_B = total_B.clamp(min=0) + _ROUNDING * unit * squared_spread_B
-    cancelled_B = total_B < _TRUSTED * unit * squared_spread_B
-    if bool(cancelled_B.any()):
-        built_B = torch.linalg.vector_norm(sum_dense(forms).flatten(1), dim=1)
-        bounds_B = torch.where(cancelled_B, (built_B + _ROUNDING * unit * spread_B).square(), bounds_B)
-    return bounds_B
+    bounds_B = total_B.clamp(min=0) + _rounding(forms) * unit * squared_spread_B
+    return SquaredNorms(bounds_B, spread_B, total_B < _TRUSTED * unit * squared_spread_B)
+
+
+def closer_bounds(forms: Sequence[Form], rough: SquaredNorms) -> Tensor:
+    """Returns the bounds (B,) of ``rough``, from built gradients where terms cancelled."""
+    unit = torch.finfo(rough.bounds_B.dtype).eps
+    built_B = torch.linalg.vector_norm(sum_dense(forms).flatten(1), dim=1)
+    closer_B = (built_B + _rounding(forms) * unit * rough.spreads_B).square()
+    return torch.where(rough.cancelled_B, closer_B, rough.bounds_B)
+
+
+def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> Tensor:
+    """Returns the squared norms (B,) of one parameter's gradients: ``bound_squared_norms``, closer where needed."""
+    rough = bound_squared_norms(forms, grams)
+    return closer_bounds(forms, rough) if bool(rough.cancelled_B.any()) else rough.bounds_B
+
+
+def _rounding(forms: Sequence[Form]) -> float:
+    """Rounding in units of the last place: of a sum of products, and of weights where they are split."""
+    split = any(
+        isinstance(form, OuterProduct) and splits_weights(form.left_BTP, form.right_BTD) for form in forms
+    )
+    # (norm + e · spread)² stays below norm² + 3 e · spread², as the norm stays below the spread.
+    return _ROUNDING + 3 * ROUNDING_OF_WEIGHTS if split else _ROUNDING
 
 
 def sum_dense(forms: Sequence[Form]) -> Tensor:

@@ -1,52 +1,145 @@
-"""Chooses the cheaper of two exact ways to a norm, from the current shapes.
+"""Chooses the cheapest of several exact ways, from the current shapes.
 
-The ghost norm of an outer product costs about T²(P + D) multiplications a
-sample and keeps nothing. Building the gradient costs T·P·D and P·D memory, but
-a built gradient also serves the weighted sum, which saves T·P·D there. The
-choice never changes a result beyond rounding.
+For each use of a parameter: the ghost norm of an outer product costs about
+T²(P + D) multiplications a sample and no memory. Building the gradient costs
+T·P·D and P·D memory, but a built gradient also serves the weighted sum, which
+saves T·P·D there. For each micro-batch: see ``choose_strategy``. A choice never
+changes a result beyond rounding.
 
 Axes: B sample, T position, P first weight axis, D second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, sum_dense, sum_squared_norms
+from dp_trainer.batches import micro_batch_size
+from dp_trainer.gradients.checkpointing import saves_memory
+from dp_trainer.gradients.forms import (
+    Form,
+    Materialized,
+    OuterProduct,
+    bound_squared_norms,
+    closer_bounds,
+    sum_dense,
+)
 from dp_trainer.gradients.measures import GramCache
+from dp_trainer.gradients.parts import full_precision
 
 # What touching one element of a built gradient costs, in multiplications of a matrix product: it is written
 # once and read twice. Measured on two CPUs: building wins from T ≈ 180 at P = D = 768.
-_COST_OF_AN_ELEMENT = 84
-# Built gradients of one parameter's uses are kept up to this many bytes a micro-batch.
-_LARGEST_KEPT = 256 * 2**20
+_COST_OF_A_BUILT_ELEMENT = 84
+# The same for a gradient that autograd leaves whole: read for its norm, and added to the total.
+_COST_OF_A_WHOLE_ELEMENT = 60
+# The share of a Gram matrix that is computed: the lower triangle, in blocks.
+_SHARE_OF_A_GRAM = 0.6
+# Built gradients may take this many times the memory of the factors that they replace.
+_LARGEST_GROWTH = 1.5
+# One sample of so many positions keeps a device busy by itself.
+_LONG = 256
+# Positions that no sample uses are left out where that halves the work, or better.
+_MOST_USED_POSITIONS = 0.5
 
 
-def squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> tuple[Tensor, list[Form]]:
-    """Returns one parameter's squared norms (B,) and the forms to use for its weighted sum.
-
-    Args:
-        forms: All uses of the parameter in one micro-batch.
-        grams: Gram matrices that may serve again.
-    """
-    if _should_build(forms):
-        built = Materialized(sum_dense(forms))
-        return built.measure().squares_B, [built]
-    return sum_squared_norms(forms, grams), list(forms)
+def settle(_name: str, form: Form) -> Form:
+    """Returns an equal form that costs less to keep and to measure, for the only use of a parameter."""
+    form = without_unused_positions(form)
+    if not isinstance(form, OuterProduct) or not is_built([form]):
+        return form
+    with full_precision(form.left_BTP.device):
+        return Materialized(form.dense())
 
 
-def _should_build(forms: Sequence[Form]) -> bool:
+def is_built(forms: Sequence[Form]) -> bool:
+    """Whether building one parameter's gradients takes less time than their ghost norm, and little more memory."""
     outer = [form for form in forms if isinstance(form, OuterProduct)]
     if not outer:
         return False
     height, width = outer[0].shape
-    elements = height * width
-    kept_bytes = 4 * outer[0].left_BTP.shape[0] * elements
-    if kept_bytes > _LARGEST_KEPT:
-        return False
-    positions = [form.left_BTP.shape[1] for form in outer]
+    positions = sum(form.left_BTP.shape[1] for form in outer)
+    fits = height * width <= _LARGEST_GROWTH * positions * (height + width)
+    return fits and cost_of_building(outer) < cost_of_ghost_norm(outer)
+
+
+def cost_of_ghost_norm(forms: Sequence[OuterProduct]) -> float:
+    """Multiplications a sample for the ghost norm of a parameter with these uses."""
     # Every pair of uses has a Gram product; (Σ T)² counts the pairs of a shared weight.
-    ghost = sum(positions) ** 2 * (height + width)
-    return ghost > _COST_OF_AN_ELEMENT * elements
+    return float(sum(form.left_BTP.shape[1] for form in forms) ** 2 * sum(forms[0].shape))
+
+
+def cost_of_building(forms: Sequence[OuterProduct]) -> float:
+    """The same for touching built gradients; building them replaces their part of the weighted sum."""
+    return float(_COST_OF_A_BUILT_ELEMENT * forms[0].shape.numel())
+
+
+def without_unused_positions(form: Form) -> Form:
+    """Returns an outer product without the positions where a factor is zero for all samples; others unchanged.
+
+    A head that reads one position, as a classifier reads the first, leaves the
+    gradients of all others zero in the last layers.
+    """
+    if not isinstance(form, OuterProduct):
+        return form
+    positions = form.left_BTP.shape[1]
+    for factor_BTK in (form.left_BTP, form.right_BTD):
+        # One position is looked at first: where it is in use, as nearly always, that is all it costs.
+        if positions < 2 or bool(factor_BTK[:, positions // 2].any()):
+            continue
+        used_U = factor_BTK.any(2).any(0).nonzero()[:, 0]
+        if len(used_U) <= _MOST_USED_POSITIONS * positions:
+            used_U = used_U if len(used_U) else used_U.new_zeros(1)
+            return OuterProduct(form.left_BTP[:, used_U], form.right_BTD[:, used_U])
+    return form
+
+
+def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
+    """Returns each parameter's squared norms (B,), and leaves the forms to sum in ``forms_by_name``."""
+    grams, rough = GramCache(), {}
+    for name, forms in forms_by_name.items():
+        if is_built(forms):
+            forms_by_name[name] = [Materialized(sum_dense(forms))]
+        rough[name] = bound_squared_norms(forms_by_name[name], grams)
+    squares = {name: bound.bounds_B for name, bound in rough.items()}
+    # What is stored cannot cancel. The others are asked all at once, so that a device waits once.
+    doubtful = [name for name, forms in forms_by_name.items() if not isinstance(forms[0], Materialized)]
+    if doubtful:
+        cancelled = torch.stack([rough[name].cancelled_B.any() for name in doubtful]).tolist()
+        for name in itertools.compress(doubtful, cancelled):
+            squares[name] = closer_bounds(forms_by_name[name], rough[name])
+    return squares
+
+
+def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
+    """Returns the strategy that takes least time for a micro-batch.
+
+    One sample alone: ``direct`` reads and adds each gradient whole, where
+    ``book_keeping`` has a ghost norm, which is less for short samples. Several:
+    ``book_keeping``, unless gradient checkpointing asks to save memory, which
+    keeping every layer's inputs and gradients would undo. Then long samples
+    go one by one, and short ones together in two passes.
+    """
+    positions = _positions(micro_batch)
+    if micro_batch_size(micro_batch) > 1:
+        if not saves_memory(model):
+            return "book_keeping"
+        return "direct" if positions is None or positions >= _LONG else "two_pass"
+    weights = [p.shape for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    whole = _COST_OF_A_WHOLE_ELEMENT * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if positions is None:
+        return "direct"
+    kept = sum(
+        min(_SHARE_OF_A_GRAM * positions**2 * sum(shape), _COST_OF_A_BUILT_ELEMENT * shape.numel())
+        for shape in weights
+    )
+    return "direct" if whole <= kept else "book_keeping"
+
+
+def _positions(micro_batch: Mapping[str, Any]) -> int | None:
+    """How many positions its tokens have; None where it has no tokens."""
+    tokens = micro_batch.get("input_ids")
+    return tokens.shape[-1] if isinstance(tokens, Tensor) and tokens.ndim > 1 else None

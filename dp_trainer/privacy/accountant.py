@@ -54,6 +54,11 @@ class PrivacyAccountant:
             )
         self._steps_spent += 1
 
+    @property
+    def epsilon_in_logs(self) -> float:
+        """ε to four decimals, never less than was spent."""
+        return math.ceil(self.epsilon * 1e4) / 1e4 if math.isfinite(self.epsilon) else self.epsilon
+
     def state_dict(self) -> dict[str, Any]:
         """The record for a checkpoint, ready for JSON."""
         record = {"version": RECORD_VERSION, "steps_spent": self._steps_spent, "plan": self.plan.identity()}

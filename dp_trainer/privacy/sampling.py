@@ -199,3 +199,8 @@ def _check_counts(place: str, **counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigurationError(f"{place}: {name} is {value!r}. It must be a positive whole number.")
+
+
+def steps_per_epoch(rows: int, drawn: int) -> int:
+    """Returns how many logical batches show each sample about once, rounded up as in ``Trainer``."""
+    return max(1, math.ceil(rows / drawn))

@@ -168,7 +168,7 @@ def test_branches_that_depend_on_the_data(sign):
     assert bool(result.gradients["second.weight"].any()) == (sign > 0)
 
 
-@pytest.mark.parametrize("strategy", ["book_keeping", "loop"])
+@pytest.mark.parametrize("strategy", ["book_keeping", "two_pass", "direct", "loop"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_sample_with_nan_or_infinity_is_left_out(poison, strategy):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.LayerNorm(6), nn.Linear(6, 2))

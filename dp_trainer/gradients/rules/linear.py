@@ -25,7 +25,7 @@ def linear(call: Call, input: Tensor, weight: Tensor, bias: Tensor | None = None
             f"its weight has shape {tuple(weight.shape)}, and only (P, D) with a bias of (P,) is known"
         )
     output = F.linear(input, call.value(weight), call.value(bias))
-    inputs_BTD = call.by_sample(input)
+    inputs_BTD = _as_multiplied(call, input, output)
     return call.watch(
         output,
         (weight, lambda grad: OuterProduct(call.by_sample(grad), inputs_BTD)),
@@ -49,7 +49,7 @@ def addmm(
     if call.is_tracked(input) and input.shape != mat2.shape[1:]:
         call.refuse(f"its added term has shape {tuple(input.shape)}, and only a bias of (P,) is known")
     output = torch.addmm(call.value(input), mat1, call.value(mat2), beta=beta, alpha=alpha)
-    inputs_BTD = call.by_sample(mat1)
+    inputs_BTD = _as_multiplied(call, mat1, output)
     return call.watch(
         output,
         (mat2, lambda grad: OuterProduct(inputs_BTD, call.by_sample(grad if alpha == 1 else grad * alpha))),
@@ -61,9 +61,10 @@ def addmm(
 def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
     """``input @ other``: a two-axis weight on the right, or any weight spread over the samples."""
     if call.is_tracked(other) and not call.is_tracked(input) and other.ndim == 2 and input.ndim >= 2:
-        inputs_BTD = call.by_sample(input)
+        output = input @ call.value(other)
+        inputs_BTD = _as_multiplied(call, input, output)
         return call.watch(
-            input @ call.value(other),
+            output,
             (other, lambda grad: OuterProduct(inputs_BTD, call.by_sample(grad))),
         )
     data = input if call.is_tracked(other) else other
@@ -84,6 +85,11 @@ def matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
 def reflected_matmul(call: Call, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
     """``other @ input``."""
     return matmul(call, other, input)
+
+
+def _as_multiplied(call: Call, input: Tensor, output: Tensor) -> Tensor:  # noqa: A002
+    """The input as (B, T, D), in the dtype in which autocast let it be multiplied."""
+    return call.by_sample(input).to(output.dtype)
 
 
 def _summed_over_positions(call: Call, grad: Tensor) -> Materialized:

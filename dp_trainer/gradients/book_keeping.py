@@ -1,0 +1,99 @@
+"""One forward and one backward pass: what gradients are made of is kept until the clip factors are known.
+
+Axes: B sample.
+
+Source: the book-keeping of Bu et al. 2022 (arXiv 2210.00038), on forms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dp_trainer.batches import micro_batch_size
+from dp_trainer.errors import UnsupportedOperationError
+from dp_trainer.gradients.capture import Use, capture
+from dp_trainer.gradients.forms import Form
+from dp_trainer.gradients.independence import check_independence, repeatable
+from dp_trainer.gradients.measures import accumulation_dtype
+from dp_trainer.gradients.parts import (
+    MicroBatch,
+    Part,
+    PerSampleLoss,
+    checked_losses,
+    full_precision,
+    norms_of,
+)
+from dp_trainer.gradients.planner import settle, squared_norms
+from dp_trainer.privacy.clipping import ClippingFunction
+
+
+def book_keeping(
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    totals: dict[str, Tensor],
+    verified: set[Use] | None = None,
+) -> Part:
+    """Adds a micro-batch's clipped sum to the totals, from its forms."""
+    batch_size = micro_batch_size(micro_batch)
+    with capture(model, batch_size, settle=settle) as tape:
+        losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
+        if losses_B.requires_grad:
+            losses_B.sum().backward()  # type: ignore[no-untyped-call]
+    losses_B = losses_B.detach()
+    verify_uses(tape.uses, verified, model, micro_batch, per_sample_loss)
+    forms_by_name = tape.take_forms()
+    with full_precision(losses_B.device):
+        norms_B = norms_of(add_squares(squared_norms(forms_by_name), losses_B))
+        factors_B = clipping(norms_B)
+        _add_clipped(forms_by_name, norms_B, factors_B, totals)
+    return Part(norms_B, factors_B, losses_B)
+
+
+def verify_uses(
+    uses: set[Use],
+    verified: set[Use] | None,
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    per_sample_loss: PerSampleLoss,
+) -> None:
+    """Checks a micro-batch that uses parameters in a way not seen before, and adds its uses to ``verified``.
+
+    Raises:
+        CertificateError: If samples are mixed up.
+    """
+    if verified is not None and micro_batch_size(micro_batch) > 1 and not uses <= verified:
+        with repeatable(model):
+            check_independence(model, micro_batch, per_sample_loss)
+        verified |= uses
+
+
+def add_squares(squares_by_name: dict[str, Tensor], losses_B: Tensor) -> Tensor:
+    """Returns the samples' squared norms over all parameters, (B,).
+
+    Raises:
+        UnsupportedOperationError: If a parameter's gradient has another number of samples.
+    """
+    total_B = torch.zeros_like(losses_B, dtype=accumulation_dtype(losses_B))
+    for name, squares_B in squares_by_name.items():
+        if squares_B.shape != total_B.shape:
+            raise UnsupportedOperationError(
+                f"{name}: its gradient has {squares_B.shape[0]} samples instead of {total_B.shape[0]}. Freeze it "
+                "or set strategy='loop'."
+            )
+        total_B = total_B + squares_B
+    return total_B
+
+
+def _add_clipped(
+    forms_by_name: dict[str, list[Form]], norms_B: Tensor, factors_B: Tensor, totals: dict[str, Tensor]
+) -> None:
+    kept_B = torch.isfinite(norms_B)
+    all_kept = bool(kept_B.all())
+    for name in list(forms_by_name):
+        # Popped, so that forms are freed as the totals grow.
+        for form in forms_by_name.pop(name):
+            form = form if all_kept else form.select(kept_B)
+            totals[name] = form.weighted_sum(factors_B, totals.get(name))

@@ -1,0 +1,100 @@
+"""One sample at a time by plain autograd: the reference, and the fastest way for long samples alone.
+
+Nothing is captured here, so every model is exact that autograd can differentiate.
+
+Axes: B sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dp_trainer.batches import micro_batch_size, sample_of
+from dp_trainer.gradients.capture import Use
+from dp_trainer.gradients.measures import accumulation_dtype
+from dp_trainer.gradients.parts import (
+    MicroBatch,
+    Part,
+    PerSampleLoss,
+    checked_losses,
+    norms_of,
+    trainable_parameters,
+)
+from dp_trainer.privacy.clipping import ClippingFunction
+
+
+def loop(
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    totals: dict[str, Tensor],
+    _verified: set[Use] | None = None,
+) -> Part:
+    """The reference for every other strategy: each gradient is scaled, then added."""
+    parts = []
+    for index in range(micro_batch_size(micro_batch)):
+        gradients, losses_B, norms_B = _gradients(model, sample_of(micro_batch, index), per_sample_loss)
+        factors_B = clipping(norms_B)
+        if torch.isfinite(norms_B).all():
+            for name, gradient in gradients.items():
+                gradient = gradient.to(accumulation_dtype(gradient))
+                contribution = gradient * factors_B.to(gradient.dtype)
+                totals[name] = totals[name] + contribution if name in totals else contribution
+        parts.append(Part(norms_B, factors_B, losses_B))
+    return _joined(parts)
+
+
+def direct(
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    totals: dict[str, Tensor],
+    _verified: set[Use] | None = None,
+) -> Part:
+    """As ``loop``, with fewer passes over the gradients: scaled and added to the totals in one."""
+    parts = []
+    for index in range(micro_batch_size(micro_batch)):
+        gradients, losses_B, norms_B = _gradients(model, sample_of(micro_batch, index), per_sample_loss)
+        factors_B = clipping(norms_B)
+        # The device waits here once a sample.
+        norm, factor = torch.cat([norms_B, factors_B]).tolist()
+        if math.isfinite(norm):
+            for name in list(gradients):
+                gradient = gradients.pop(name)
+                if name in totals:
+                    totals[name].add_(gradient, alpha=factor)
+                else:
+                    # Not in place: autograd may give two parameters the same tensor.
+                    totals[name] = gradient.to(accumulation_dtype(gradient)) * factor
+        parts.append(Part(norms_B, factors_B, losses_B))
+    return _joined(parts)
+
+
+def _gradients(
+    model: nn.Module, sample: MicroBatch, per_sample_loss: PerSampleLoss
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One sample's gradients by name, its loss (1,) and its norm (1,)."""
+    parameters = trainable_parameters(model)
+    losses_B = checked_losses(per_sample_loss(model, sample), 1)
+    gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+    if losses_B.requires_grad:
+        gradients = torch.autograd.grad(losses_B.sum(), list(parameters.values()), allow_unused=True)
+    used = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    lengths = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g)) for g in used.values()]
+    squares_B = losses_B.detach().new_zeros(1, dtype=accumulation_dtype(losses_B))
+    for length in lengths:
+        squares_B = squares_B + length.square()
+    return used, losses_B.detach(), norms_of(squares_B)
+
+
+def _joined(parts: list[Part]) -> Part:
+    return Part(
+        torch.cat([part.norms for part in parts]),
+        torch.cat([part.factors for part in parts]),
+        torch.cat([part.losses for part in parts]),
+    )

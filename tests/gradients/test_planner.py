@@ -1,0 +1,260 @@
+"""What the planner chooses changes cost only; and it chooses as its costs say."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import reference
+import torch
+from cases import MODEL_CASES
+from torch import nn
+
+from dp_trainer import AutomaticClipping, FlatClipping
+from dp_trainer.gradients import measures, planner
+from dp_trainer.gradients.explain import explain
+from dp_trainer.gradients.forms import OuterProduct, RowScatter, sum_squared_norms
+from dp_trainer.gradients.halving import Halving
+from dp_trainer.gradients.strategies import clipped_gradient_sum
+from dp_trainer.losses import per_sample_loss_for
+
+CASES = {case.name: case for case in MODEL_CASES}
+B, D, P = 5, 6, 4
+
+
+def _outer(positions, width=8, dtype=torch.float64):
+    return OuterProduct(
+        torch.randn(B, positions, width, dtype=dtype), torch.randn(B, positions, width, dtype=dtype)
+    )
+
+
+@pytest.mark.parametrize("case", MODEL_CASES, ids=str)
+def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
+    """Whole models, tied weights included, some samples clipped and some not."""
+    model = case.build(torch.float64)
+    loss = per_sample_loss_for(model)
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in case.micro_batch().items()}
+    run = functools.partial(
+        clipped_gradient_sum, model, [batch], per_sample_loss=loss, strategy="book_keeping"
+    )
+    median = float(run(clipping=AutomaticClipping()).norms.median())
+    results, plain = [], planner.settle
+    for cost in (1e12, 0):
+        kinds: set[type] = set()
+        monkeypatch.setattr(planner, "_COST_OF_A_BUILT_ELEMENT", cost)
+        monkeypatch.setattr(planner, "_LARGEST_GROWTH", 1e12)
+        monkeypatch.setattr(
+            "dp_trainer.gradients.book_keeping.settle",
+            lambda name, form, kinds=kinds: kinds.add(type(plain(name, form))) or plain(name, form),
+        )
+        results.append(run(clipping=FlatClipping(1.01 * median)))
+        assert (OuterProduct in kinds) == (cost > 0)
+    assert 0 < int((results[0].factors < 0.999).sum()) < len(batch["labels"])
+    torch.testing.assert_close(results[0].norms, results[1].norms)
+    assert reference.distance(results[0].gradients, results[1].gradients) < 1e-10
+
+
+@pytest.mark.parametrize("used", [[0], [2], [7], [1, 3], []], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_without_gradient_are_left_out(used, side):
+    form, zero = _outer(8), torch.ones(8, dtype=torch.bool)
+    zero[used] = False
+    getattr(form, f"{side}_BT{'P' if side == 'left' else 'D'}")[:, zero] = 0
+    short = planner.without_unused_positions(form)
+    torch.testing.assert_close(short.dense(), form.dense())
+    torch.testing.assert_close(sum_squared_norms([short]), sum_squared_norms([form]))
+    # The position in the middle is looked at first, so one that is used there may hide the others.
+    assert short.left_BTP.shape[1] == max(1, len(used))
+
+
+def test_a_position_that_one_sample_uses_stays():
+    form = _outer(8)
+    form.left_BTP[:, 1:] = 0
+    form.left_BTP[3, 5] = 1.0
+    short = planner.without_unused_positions(form)
+    assert short.left_BTP.shape[1] == 2
+    torch.testing.assert_close(short.dense(), form.dense())
+
+
+def test_nan_counts_as_used():
+    form = _outer(8)
+    form.left_BTP[:, 1:] = 0
+    form.left_BTP[2, 6] = float("nan")
+    assert torch.isnan(sum_squared_norms([planner.without_unused_positions(form)])[2])
+
+
+def test_a_classifier_that_reads_one_position_is_exact_and_shorter():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(D, D), nn.Linear(D, P)
+
+        def forward(self, x):
+            return self.head(self.layer(x)[:, 0].tanh())
+
+    loss = lambda m, b: m(b["x"]).square().sum(1)  # noqa: E731
+    model, batch = Model().double(), {"x": torch.randn(B, 9, D).double()}
+    expected = reference.per_sample_gradients(model, batch, loss)
+    norms = reference.norms(expected)
+    result = clipped_gradient_sum(
+        model, [batch], per_sample_loss=loss, clipping=FlatClipping(float(norms.median()) * 1.01)
+    )
+    torch.testing.assert_close(result.norms, norms)
+    assert reference.distance(result.gradients, reference.clipped_sum(expected, result.factors)) < 1e-10
+    line = next(row for row in explain(model, batch, per_sample_loss=loss).splitlines() if " 9 " in row)
+    assert line.split()[:7] == ["6", "×", "6", "1", "1", "9", "1"]
+
+
+@pytest.mark.parametrize(
+    ("forms", "built"),
+    [
+        ([_outer(100, 768)], False),
+        ([_outer(400, 768)], True),
+        # Built, it would take more memory than the short factors it replaces.
+        ([_outer(100, 2000)], False),
+        # Twelve uses of one weight have 78 pairs.
+        ([_outer(100, 768)] * 12, True),
+        ([RowScatter(torch.zeros(B, 400, dtype=torch.long), torch.randn(B, 400, 8), 8)], False),
+    ],
+    ids=["short", "long", "too large", "shared", "table"],
+)
+def test_what_is_built(forms, built):
+    assert planner.is_built(forms) == built
+
+
+TOKENS = lambda batch, length: {"input_ids": torch.zeros(batch, length, dtype=torch.long)}  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "checkpointing", "expected"),
+    [
+        (TOKENS(4, 1000), False, "book_keeping"),
+        (TOKENS(1, 1000), False, "direct"),
+        (TOKENS(1, 20), False, "book_keeping"),
+        ({"pixel_values": torch.zeros(1, 3, 8, 8)}, False, "direct"),
+        (TOKENS(4, 1000), True, "direct"),
+        (TOKENS(4, 20), True, "two_pass"),
+        (TOKENS(1, 1000), True, "direct"),
+    ],
+)
+def test_the_strategy_for_a_micro_batch(micro_batch, checkpointing, expected):
+    model = nn.Sequential(nn.Linear(300, 300))
+    model.gradient_checkpointing = checkpointing
+    assert planner.choose_strategy(model, micro_batch) == expected
+    assert planner.choose_strategy(model.eval(), micro_batch) == expected.replace(
+        "two_pass", "book_keeping"
+    ) or (checkpointing)
+
+
+def test_explain_says_what_is_done_and_leaves_the_model_alone():
+    case = CASES["gpt2-tied"]
+    model = case.build()
+    state = torch.random.get_rng_state()
+    text = explain(model, case.micro_batch(), per_sample_loss=per_sample_loss_for(model))
+    assert text.startswith("strategy for this micro-batch of 5: book_keeping")
+    assert "ghost norm" in text
+    assert "stored" in text
+    assert "rows of a table" in text
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_weights_in_two_bfloat16_pieces_keep_sixteen_digits():
+    weighted = torch.randn(1000, 50) * torch.rand(1000, 1)
+    upper, lower = measures.split_in_halves(weighted)
+    error = (upper.float() + lower.float() - weighted).abs() / weighted.abs()
+    assert error.max() <= measures.ROUNDING_OF_WEIGHTS * torch.finfo(torch.float32).eps
+    # One piece alone would not do.
+    assert ((upper.float() - weighted).abs() / weighted.abs()).max() > 1e-3
+
+
+def test_inputs_are_kept_as_autocast_multiplied_them():
+    """Otherwise one factor would be float32, and a device could not use its half-precision units."""
+    layer, x = nn.Linear(D, P), torch.randn(B, 7, D)
+    kinds = []
+    planner_settle = planner.settle
+
+    def loss(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch["x"]).float().square().sum((1, 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "dp_trainer.gradients.book_keeping.settle",
+            lambda name, form: kinds.append(form) or planner_settle(name, form),
+        )
+        result = clipped_gradient_sum(layer, [{"x": x}], per_sample_loss=loss, clipping=FlatClipping(1e9))
+    outer = [form for form in kinds if isinstance(form, OuterProduct)]
+    assert {(f.left_BTP.dtype, f.right_BTD.dtype) for f in outer} == {(torch.bfloat16, torch.bfloat16)}
+    loss(layer, {"x": x}).sum().backward()
+    torch.testing.assert_close(result.gradients["weight"], layer.weight.grad, rtol=1e-2, atol=1e-2)
+
+
+# Running out of memory.
+
+
+def _loss_with_room_for(samples, calls):
+    def loss(model, micro_batch):
+        calls.append(len(micro_batch["x"]))
+        if len(micro_batch["x"]) > samples:
+            raise torch.OutOfMemoryError("out of memory")
+        return model(micro_batch["x"]).square().sum(1)
+
+    return loss
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 100])
+def test_halving_gives_the_same_sum_and_is_remembered(room):
+    model, calls = nn.Linear(D, P).double(), []
+    micro_batches = [{"x": torch.randn(n, D).double()} for n in (8, 8, 3)]
+    loss = _loss_with_room_for(room, calls)
+
+    def attempt(pieces):
+        return clipped_gradient_sum(model, pieces, per_sample_loss=loss, clipping=FlatClipping(0.5))
+
+    whole = clipped_gradient_sum(
+        model,
+        micro_batches,
+        per_sample_loss=lambda m, b: m(b["x"]).square().sum(1),
+        clipping=FlatClipping(0.5),
+    )
+    halving = Halving()
+    for _ in range(2):
+        result = halving.run(micro_batches, attempt)
+        torch.testing.assert_close(result.norms, whole.norms)
+        torch.testing.assert_close(result.gradients["weight"], whole.gradients["weight"])
+    failed = sum(size > room for size in calls)
+    assert failed == {1: 3, 2: 2, 3: 2, 100: 0}[room]
+
+
+def test_running_out_after_some_micro_batches_counts_none_twice():
+    model, calls = nn.Linear(D, P).double(), []
+    micro_batches = [{"x": torch.randn(n, D).double()} for n in (2, 2, 4)]
+    loss = _loss_with_room_for(2, calls)
+    result = Halving().run(
+        micro_batches,
+        lambda pieces: clipped_gradient_sum(model, pieces, per_sample_loss=loss, clipping=FlatClipping(0.5)),
+    )
+    assert calls == [2, 2, 4, 1, 1, 1, 1, 2, 2]
+    assert len(result.norms) == 8
+
+
+def test_one_sample_that_does_not_fit_is_an_error():
+    model, calls = nn.Linear(D, P), []
+    loss = _loss_with_room_for(0, calls)
+    with pytest.raises(torch.OutOfMemoryError):
+        Halving().run(
+            [{"x": torch.randn(4, D)}],
+            lambda pieces: clipped_gradient_sum(
+                model, pieces, per_sample_loss=loss, clipping=FlatClipping(1)
+            ),
+        )
+    assert calls == [4, 2, 1]
+
+
+def test_another_error_is_not_taken_for_it():
+    def broken(pieces):
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        Halving().run([{"x": torch.randn(4, D)}], broken)
