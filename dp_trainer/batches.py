@@ -246,7 +246,7 @@ def select(micro_batch: Mapping[str, Any], indices: Sequence[int]) -> dict[str, 
     if not all(0 <= i < size for i in indices):
         raise ConfigurationError(f"samples {list(indices)} of a micro-batch of {size} do not all exist.")
     return {
-        key: value[torch.tensor(indices, dtype=torch.long, device=value.device)]
+        key: value[torch.tensor(list(indices), dtype=torch.long, device=value.device)]
         if isinstance(value, Tensor) and value.dim()
         else value
         for key, value in micro_batch.items()

@@ -24,7 +24,7 @@ from dp_trainer.gradients.parts import (
     full_precision,
     norms_of,
 )
-from dp_trainer.gradients.planner import settle, squared_norms
+from dp_trainer.gradients.planner import Keeping, squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 
 
@@ -38,7 +38,7 @@ def book_keeping(
 ) -> Part:
     """Adds a micro-batch's clipped sum to the totals, from its forms."""
     batch_size = micro_batch_size(micro_batch)
-    with capture(model, batch_size, settle=settle) as tape:
+    with capture(model, batch_size, settle=Keeping().settle) as tape:
         losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]

@@ -116,11 +116,14 @@ class CapturedCall:
         if self._row_layout(tensor) is not None:
             laid_out = self._layout.by_sample(tensor.detach())  # type: ignore[union-attr]
             return laid_out.reshape(self.batch_size, -1, tensor.shape[-1])
-        rows = tensor.shape[0] if tensor.ndim > 1 else -1
+        shape = tensor.shape
+        if len(shape) == 3 and shape[0] == self.batch_size:
+            return tensor.detach()
+        rows = shape[0] if len(shape) > 1 else -1
         if rows < 0 or rows % self.batch_size:
-            self.refuse(f"a tensor of shape {tuple(tensor.shape)} has no sample axis of {self.batch_size}")
-        positions = tensor.numel() // max(1, self.batch_size * tensor.shape[-1])
-        return tensor.detach().reshape(self.batch_size, positions, tensor.shape[-1])
+            self.refuse(f"a tensor of shape {tuple(shape)} has no sample axis of {self.batch_size}")
+        positions = tensor.numel() // max(1, self.batch_size * shape[-1])
+        return tensor.detach().reshape(self.batch_size, positions, shape[-1])
 
     def sum_by_sample(self, tensor: Tensor) -> Tensor:
         """The detached tensor's rows added up for each sample, (B, …)."""

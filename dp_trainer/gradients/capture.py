@@ -14,8 +14,9 @@ any trainable parameter shows a use that escaped, which is an error too.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -76,7 +77,7 @@ class _Record:
     aligned: bool
 
 
-Use: TypeAlias = tuple[str, tuple[object, ...], str]
+Use: TypeAlias = tuple[object, tuple[object, ...], str]
 """How a call used parameters: the function, the parameters, and where its data had the samples."""
 
 
@@ -167,7 +168,8 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     Raises:
         UnsupportedOperationError: If a parameter is used in a way without a rule.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tensors = dict(model.named_parameters())
+    parameters = {name: p for name, p in tensors.items() if p.requires_grad}
     for name, parameter in parameters.items():
         if parameter._backward_hooks or parameter.is_complex():
             raise UnsupportedOperationError(
@@ -178,7 +180,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     for parameter in parameters.values():
         parameter.grad = None
     tape = Tape(parameters, batch_size, settle)
-    mode = CaptureMode(model, tape)
+    mode = CaptureMode(tape, (*tensors.values(), *model.buffers()))
     try:
         with recomputation_under(model, mode), mode:
             yield tape
@@ -197,9 +199,14 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
 
 
 class CaptureMode(TorchFunctionMode):
-    """The function mode behind ``capture``; it implements ``calls.Recorder``."""
+    """The function mode behind ``capture``; it implements ``calls.Recorder``.
 
-    def __init__(self, model: nn.Module, tape: Tape) -> None:
+    Args:
+        tape: Where records go.
+        tensors: The model's parameters and buffers.
+    """
+
+    def __init__(self, tape: Tape, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self.batch_size = tape.batch_size
         self._tape = tape
@@ -207,7 +214,7 @@ class CaptureMode(TorchFunctionMode):
         # sample data are here, so what is kept is small; whatever is not here is taken for sample data.
         self._known: dict[int, Derived] = {}
         names = {id(p): name for name, p in tape.parameters.items()}
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in tensors:
             name = names.get(id(tensor))
             self._known[id(tensor)] = Derived(tensor, () if name is None else (name,))
         self._from_model = frozenset(self._known)
@@ -226,30 +233,26 @@ class CaptureMode(TorchFunctionMode):
         if func in _QUESTIONS:
             return func(*args, **kwargs)
         rooted: list[Derived] = []
-        has_data = self._sort(func, args, rooted) | self._sort(func, kwargs.values(), rooted)
+        has_data = self._sort(func, args, rooted)
+        if kwargs:
+            has_data |= self._sort(func, kwargs.values(), rooted)
         if func is torch.autograd.grad:
             raise refusal(func, rooted, "gradients taken inside the model have no per-sample form")
         if not has_data:
             return self._run_derived(func, args, kwargs, rooted)
-        if not rooted or not torch.is_grad_enabled():
-            if func in _CASTING and not rooted and self._is_constant(args[0]):
-                # The data gives a dtype or a device, and no values.
-                return self._run_derived(func, args, kwargs, rooted)
-            if not rooted and func in _OPENING:
-                self._opened[id(args[0])] = args[0]
-            if not rooted and self._writes(func, kwargs):
-                self._forget_target(args, kwargs)
-            result = func(*args, **kwargs)
+        if rooted and torch.is_grad_enabled():
+            result = self._run_by_rule(func, args, kwargs, rooted)
         else:
-            rule = OPERATION_RULES.get(func)
-            if rule is None:
-                raise refusal(func, rooted, "no rule for this operation")
-            rows = self._rows.layout(self._data((*args, *kwargs.values())))
-            self._tape.uses.add((str(func), tuple(d.roots for d in rooted), describe_rows(rows)))
-            result = rule(CapturedCall(self, func, self._known, rooted, rows), *args, **kwargs)
-        # Rows of a table of constants or parameters are no samples'.
-        of_data = bool(args) and isinstance(args[0], Tensor) and id(args[0]) not in self._known
-        self._rows.follow(func, args, kwargs, result, of_data=of_data)
+            if not rooted:
+                if func in _CASTING and self._is_constant(args[0]):
+                    # The data gives a dtype or a device, and no values.
+                    return self._run_derived(func, args, kwargs, rooted)
+                if func in _OPENING:
+                    self._opened[id(args[0])] = args[0]
+                if _is_in_place(func) or kwargs.get("out") is not None:
+                    self._forget_target(args, kwargs)
+            result = func(*args, **kwargs)
+        self._rows.follow(func, args, kwargs, result)
         return result
 
     def forget(self) -> None:
@@ -288,21 +291,17 @@ class CaptureMode(TorchFunctionMode):
         has_data = False
         for value in values:
             if isinstance(value, Tensor):
-                entry = self._known.get(id(value)) or self._copied_leaf(value)
-                # A constant that needs a gradient was written to with sample data.
-                if entry is None or (not entry.roots and value.requires_grad):
-                    has_data = True
-                    if (
-                        torch.is_grad_enabled()
-                        and value.requires_grad
-                        and value.is_leaf
-                        and id(value) not in self._opened
-                        and entry is None
-                    ):
+                entry = self._known.get(id(value))
+                if entry is None and value.requires_grad and value.is_leaf and id(value) not in self._opened:
+                    entry = self._copied_leaf(value)
+                    if entry is None and torch.is_grad_enabled():
                         reason = (
                             "a tensor among its arguments needs a gradient but is no parameter of the model"
                         )
                         raise refusal(func, rooted, reason)
+                # A constant that needs a gradient was written to with sample data.
+                if entry is None or (not entry.roots and value.requires_grad):
+                    has_data = True
                 elif entry.roots:
                     rooted.append(entry)
             elif isinstance(value, list | tuple):
@@ -310,18 +309,24 @@ class CaptureMode(TorchFunctionMode):
         return has_data
 
     def _copied_leaf(self, value: Tensor) -> Derived | None:
-        """Takes a new leaf with the values of a parameter or constant, as ``nn.Parameter(weight.T)``, for a constant.
+        """Takes a leaf with the values of a parameter or constant, as ``nn.Parameter(weight.T)``, for a constant.
 
         No gradient passes from it to the parameter, with or without the capture.
         """
-        if not (value.requires_grad and value.is_leaf) or id(value) in self._opened:
-            return None
         storage = value.untyped_storage()._cdata
         if all(entry.tensor.untyped_storage()._cdata != storage for entry in self._known.values()):
             return None
         self._copied.append(value.requires_grad_(False))
         self._known[id(value)] = Derived(value, ())
         return self._known[id(value)]
+
+    def _run_by_rule(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
+        rule = OPERATION_RULES.get(func)
+        if rule is None:
+            raise refusal(func, rooted, "no rule for this operation")
+        rows = self._rows.layout((*args, *kwargs.values()))
+        self._tape.uses.add((func, tuple(d.roots for d in rooted), describe_rows(rows)))
+        return rule(CapturedCall(self, func, self._known, rooted, rows), *args, **kwargs)
 
     def _run_derived(self, func: Any, args: Any, kwargs: Any, rooted: list[Derived]) -> Any:
         versions = [derived.tensor._version for derived in rooted]
@@ -355,24 +360,15 @@ class CaptureMode(TorchFunctionMode):
         entry = self._known.get(id(value))
         return entry is not None and not entry.roots and not entry.tensor.requires_grad
 
-    def _data(self, values: Any) -> list[Tensor]:
-        """The tensors of sample data among the arguments."""
-        found: list[Tensor] = []
-        for value in values:
-            if isinstance(value, Tensor):
-                if id(value) not in self._known:
-                    found.append(value)
-            elif isinstance(value, list | tuple):
-                found += self._data(value)
-        return found
-
-    @staticmethod
-    def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or name in _SETTERS or kwargs.get("out") is not None
-
     def _forget_target(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A constant that sample data is written into is sample data from here on."""
-        target = kwargs.get("out", args[0] if args else None)
-        self._known.pop(id(target), None)
+        targets = kwargs.get("out", args[0] if args else None)
+        for target in targets if isinstance(targets, list | tuple) else (targets,):
+            self._known.pop(id(target), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_in_place(func: Any) -> bool:
+    """Whether a torch function writes into its first argument, by its name."""
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name in _SETTERS

@@ -32,9 +32,10 @@ def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[N
             whose inner backward pass puts gradients where no capture sees them.
     """
     for path, module in model.named_modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        settings = getattr(function, "keywords", {})
-        if getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant") is True:
+        # Only plain attributes: on a module, ``getattr`` of a missing one builds an error.
+        attributes = vars(module)
+        settings = getattr(attributes.get("_gradient_checkpointing_func"), "keywords", {})
+        if settings.get("use_reentrant") is True and getattr(module, "gradient_checkpointing", False):
             raise UnsupportedOperationError(
                 f"{path or 'the model'}: reentrant gradient checkpointing hides gradients from the capture. "
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."

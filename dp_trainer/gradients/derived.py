@@ -201,5 +201,8 @@ def _stored_like(form: Form, base: Tensor) -> Form:
     """Stored gradients in the base's shape, and in its dtype where that is wider."""
     if not isinstance(form, Materialized):
         return form
-    dtype = torch.promote_types(form.gradients_BK.dtype, base.dtype)
-    return Materialized(form.gradients_BK.to(dtype).reshape(form.gradients_BK.shape[0], *base.shape))
+    gradients_BK = form.gradients_BK
+    if gradients_BK.dtype == base.dtype and gradients_BK.shape[1:] == base.shape:
+        return form
+    dtype = torch.promote_types(gradients_BK.dtype, base.dtype)
+    return Materialized(gradients_BK.to(dtype).reshape(gradients_BK.shape[0], *base.shape))

@@ -16,11 +16,11 @@ from dp_trainer.gradients.forms import Form, Materialized, OuterProduct
 from dp_trainer.gradients.independence import repeatable
 from dp_trainer.gradients.parts import MicroBatch, PerSampleLoss
 from dp_trainer.gradients.planner import (
+    Keeping,
     choose_strategy,
     cost_of_building,
     cost_of_ghost_norm,
     is_built,
-    settle,
 )
 
 
@@ -53,9 +53,10 @@ def explain(model: nn.Module, micro_batch: MicroBatch, *, per_sample_loss: PerSa
         multiplications a sample.
     """
     made: dict[str, tuple[Form, Form]] = {}
+    keeping = Keeping()
 
     def note(name: str, form: Form) -> Form:
-        made[name] = form, settle(name, form)
+        made[name] = form, keeping.settle(name, form)
         return made[name][1]
 
     with repeatable(model), capture(model, micro_batch_size(micro_batch), settle=note) as tape:

@@ -20,6 +20,7 @@ from dp_trainer.gradients.parts import (
     Part,
     PerSampleLoss,
     checked_losses,
+    joined,
     norms_of,
     trainable_parameters,
 )
@@ -45,7 +46,7 @@ def loop(
                 contribution = gradient * factors_B.to(gradient.dtype)
                 totals[name] = totals[name] + contribution if name in totals else contribution
         parts.append(Part(norms_B, factors_B, losses_B))
-    return _joined(parts)
+    return joined(parts)
 
 
 def direct(
@@ -72,7 +73,7 @@ def direct(
                     # Not in place: autograd may give two parameters the same tensor.
                     totals[name] = gradient.to(accumulation_dtype(gradient)) * factor
         parts.append(Part(norms_B, factors_B, losses_B))
-    return _joined(parts)
+    return joined(parts)
 
 
 def _gradients(
@@ -90,11 +91,3 @@ def _gradients(
     for length in lengths:
         squares_B = squares_B + length.square()
     return used, losses_B.detach(), norms_of(squares_B)
-
-
-def _joined(parts: list[Part]) -> Part:
-    return Part(
-        torch.cat([part.norms for part in parts]),
-        torch.cat([part.factors for part in parts]),
-        torch.cat([part.losses for part in parts]),
-    )

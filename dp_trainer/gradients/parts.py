@@ -6,7 +6,7 @@ Axes: B sample, G clipping group.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,15 @@ class Part:
     norms: Tensor
     factors: Tensor
     losses: Tensor
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Returns several parts as one, samples in the order given."""
+    return Part(
+        torch.cat([part.norms for part in parts]),
+        torch.cat([part.factors for part in parts]),
+        torch.cat([part.losses for part in parts]),
+    )
 
 
 Strategy = Callable[

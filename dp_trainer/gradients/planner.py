@@ -38,21 +38,43 @@ _COST_OF_A_BUILT_ELEMENT = 84
 _COST_OF_A_WHOLE_ELEMENT = 60
 # The share of a Gram matrix that is computed: the lower triangle, in blocks.
 _SHARE_OF_A_GRAM = 0.6
-# Built gradients may take this many times the memory of the factors that they replace.
-_LARGEST_GROWTH = 1.5
-# One sample of so many positions keeps a device busy by itself.
-_LONG = 256
+# Built gradients may take this many times the memory of the factors that they replace, for one parameter,
+_LARGEST_GROWTH = 1.6
+# and so much more than all factors, of all parameters together.
+_LARGEST_GROWTH_IN_ALL = 0.05
+# A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
+_LONG = 512
 # Positions that no sample uses are left out where that halves the work, or better.
 _MOST_USED_POSITIONS = 0.5
 
 
-def settle(_name: str, form: Form) -> Form:
-    """Returns an equal form that costs less to keep and to measure, for the only use of a parameter."""
-    form = without_unused_positions(form)
-    if not isinstance(form, OuterProduct) or not is_built([form]):
-        return form
-    with full_precision(form.left_BTP.device):
-        return Materialized(form.dense())
+class Keeping:
+    """Decides what is kept of a micro-batch's uses, as their gradients arrive.
+
+    Building gradients takes more memory than their factors, as a rule, so only as
+    many are built as a share of all factors' memory allows.
+    """
+
+    def __init__(self) -> None:
+        self._factors, self._built_instead = 0, 0
+
+    def settle(self, _name: str, form: Form) -> Form:
+        """Returns an equal form that costs less to keep and to measure, for the only use of a parameter."""
+        form = without_unused_positions(form)
+        if not isinstance(form, OuterProduct):
+            return form
+        factors, built = _elements(form), form.left_BTP.shape[0] * form.shape.numel()
+        self._factors += factors
+        growth = self._built_instead + built - factors
+        if growth > _LARGEST_GROWTH_IN_ALL * self._factors or not is_built([form]):
+            return form
+        self._built_instead = growth
+        with full_precision(form.left_BTP.device):
+            return Materialized(form.dense())
+
+
+def _elements(form: OuterProduct) -> int:
+    return form.left_BTP.numel() + form.right_BTD.numel()
 
 
 def is_built(forms: Sequence[Form]) -> bool:
@@ -117,17 +139,19 @@ def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
 def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
     """Returns the strategy that takes least time for a micro-batch.
 
-    One sample alone: ``direct`` reads and adds each gradient whole, where
-    ``book_keeping`` has a ghost norm, which is less for short samples. Several:
-    ``book_keeping``, unless gradient checkpointing asks to save memory, which
-    keeping every layer's inputs and gradients would undo. Then long samples
-    go one by one, and short ones together in two passes.
+    ``direct`` reads and adds each sample's gradient whole, where ``book_keeping``
+    has a ghost norm, which is less for short samples, and serves several at once.
+    Long samples keep a CPU busy one by one. Gradient checkpointing asks to save
+    memory, and keeping every layer's inputs and gradients would undo it: then
+    long samples go one by one everywhere, and short ones together in two passes.
     """
     positions = _positions(micro_batch)
     if micro_batch_size(micro_batch) > 1:
-        if not saves_memory(model):
-            return "book_keeping"
-        return "direct" if positions is None or positions >= _LONG else "two_pass"
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        is_long = positions is not None and positions >= _LONG
+        if is_long and (on_cpu or saves_memory(model)):
+            return "direct"
+        return "two_pass" if saves_memory(model) else "book_keeping"
     weights = [p.shape for p in model.parameters() if p.requires_grad and p.ndim == 2]
     whole = _COST_OF_A_WHOLE_ELEMENT * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if positions is None:

@@ -58,6 +58,8 @@ _COUNTING = frozenset({torch.bincount, Tensor.bincount, torch.histc, Tensor.hist
 _JOINING = frozenset({torch.cat, torch.concat, torch.concatenate})
 _RESHAPING = frozenset({Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten})
 _SPLITTING = frozenset({torch.split, Tensor.split, torch.chunk, Tensor.chunk, torch.tensor_split})
+# What can move samples that are still in their order.
+_MOVING = _PICKING | _SORTING | _TRANSPOSING
 
 
 class RowFollower:
@@ -76,7 +78,9 @@ class RowFollower:
 
     def layout(self, arguments: Any) -> tuple[bool, Layout | None]:
         """Returns whether the rows can be told, and their layout: None where they are sample-major."""
-        tensors = list(_tensors(arguments))
+        if not self._layouts:
+            return True, None
+        tensors = [t for t in _tensors(arguments) if id(t) not in self._known]
         layouts = [self._layouts[t] for t in tensors if t in self._layouts]
         if not layouts:
             return True, None
@@ -93,27 +97,39 @@ class RowFollower:
     def _contradicts(self, tensor: Tensor, layout: RowLayout) -> bool:
         """Whether sample data in the ordinary order meets reordered rows, place by place."""
         alike = tensor.is_floating_point() and layout.fits(tensor.shape)
-        plain = tensor not in self._layouts and id(tensor) not in self._known
-        return alike and plain and not layout.is_sample_major()
+        return alike and tensor not in self._layouts and not layout.is_sample_major()
 
-    def follow(self, func: Any, args: Any, kwargs: Any, result: Any, *, of_data: bool) -> None:
-        """Notes the rows of a call's results; ``of_data``: whether its first argument is sample data."""
-        if of_data and func in _PICKING and self._note_pick(func, args, kwargs, result):
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Notes the rows of a call's results."""
+        if func in _MOVING and self._note_moved(func, args, kwargs, result):
             return
-        if of_data and func in _SORTING and args[0].ndim == 1:
-            self._note_sort(args[0], result)
-            return
-        if of_data and func in _TRANSPOSING and self._note_transpose(args[0], result):
-            return
-        if not self._layouts:
-            return
+        if self._layouts:
+            self._pass_on(func, args, kwargs, result)
+
+    def _note_moved(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+        """Notes a pick, a sort or a transpose of sample data; returns whether it was followed."""
+        source = _first_argument(args, kwargs)
+        # Rows of a table of constants or parameters are no samples'.
+        if id(source) in self._known:
+            return False
+        if func in _TRANSPOSING:
+            return self._note_transpose(source, result)
+        if func in _PICKING:
+            return self._note_pick(func, source, args[1:], kwargs, result)
+        if source.ndim != 1:
+            return False
+        self._note_sort(source, result)
+        return True
+
+    def _pass_on(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Gives a call's results the rows of its arguments."""
         if func in _WRITING:
             if func is Tensor.__setitem__:
                 self._note_put(*args)
             elif func is Tensor.copy_:
                 self._copy_layout(args[1], args[0])
             else:
-                self._copy_layout(args[0], result)
+                self._copy_layout(_first_argument(args, kwargs), result)
             return
         if func in _FRESH:
             return
@@ -126,7 +142,7 @@ class RowFollower:
             return
         if func in _JOINING and self._note_join(args, kwargs, result):
             return
-        known, layout = self.layout((args, kwargs.values()))
+        known, layout = self.layout((*args, *kwargs.values()))
         if known and layout is None:
             return
         outputs = list(_tensors((result,)))
@@ -147,26 +163,26 @@ class RowFollower:
         elif output.is_floating_point() and output.ndim and (layout is None or not layout.is_sample_major()):
             self._layouts[output] = None
 
-    def _note_pick(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    def _note_pick(self, func: Any, source: Tensor, indices: Any, kwargs: Any, result: Any) -> bool:
         """Notes ``source[index]`` where the index picks rows; returns whether it does."""
-        source = args[0]
         if func is Tensor.__getitem__:
-            key = args[1][0] if isinstance(args[1], tuple) and args[1] else args[1]
-            if key is None and isinstance(args[1], tuple) and len(args[1]) > 1:
-                key = args[1][1]
-            rows = self._layouts.get(source)
+            keys = indices[0]
+            key = keys[0] if isinstance(keys, tuple) and keys else keys
+            if key is None and isinstance(keys, tuple) and len(keys) > 1:
+                key = keys[1]
+            rows = self._layouts.get(source) if self._layouts else None
             if isinstance(key, slice) and isinstance(rows, RowLayout):
                 self._layouts[result] = RowLayout(rows.samples_R[key], self._batch_size)
                 return True
         else:
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            key = args[2] if len(args) > 2 else kwargs.get("index")
-            if dim is None or dim % max(1, source.ndim):
+            dim = indices[0] if indices else kwargs.get("dim", kwargs.get("axis"))
+            key = indices[1] if len(indices) > 1 else kwargs["index"]
+            if dim % max(1, source.ndim):
                 return False
         if not isinstance(key, Tensor) or not key.ndim or not source.ndim:
             return False
         if isinstance(self._layouts.get(source), AxisLayout):
-            return self._note_pick_by_axes(source, args[1], result)
+            return self._note_pick_by_axes(source, indices[0], result)
         samples_R = self._samples(source)
         if samples_R is None:
             if source in self._layouts:
@@ -240,21 +256,26 @@ class RowFollower:
 
     def _note_transpose(self, source: Tensor, result: Tensor) -> bool:
         """Notes where a permutation of axes moves the samples' axis; returns whether it was followed."""
-        layout = self._layouts.get(source)
-        if isinstance(layout, RowLayout):
-            self._layouts[result] = layout if _keeps_first_axis(source, result, len(layout)) else None
-            return True
-        if layout is None and source in self._layouts:
+        axis = 0
+        if self._layouts and source in self._layouts:
+            layout = self._layouts[source]
+            if isinstance(layout, RowLayout):
+                self._layouts[result] = layout if _keeps_first_axis(source, result, len(layout)) else None
+                return True
+            if layout is None:
+                return False
+            axis = layout.axis
+        shape = source.shape
+        if len(shape) <= axis or not shape[axis] or shape[axis] % self._batch_size:
             return False
-        axis = 0 if layout is None else layout.axis
-        if source.ndim <= axis or not source.shape[axis] or source.shape[axis] % self._batch_size:
+        # Strides tell axes of the same length apart.
+        moved = (shape[axis], source.stride(axis))
+        axes = list(zip(result.shape, result.stride(), strict=True))
+        if len(axes) != len(shape) or axes.count(moved) != 1:
             return False
-        places = [i for i, size in enumerate(result.shape) if size == source.shape[axis]]
-        strides = [i for i in places if result.stride(i) == source.stride(axis)]
-        if result.ndim != source.ndim or len(strides) != 1:
-            return False
-        if strides[0] > 0:
-            self._layouts[result] = AxisLayout(result.shape[: strides[0] + 1], self._batch_size)
+        place = axes.index(moved)
+        if place > 0:
+            self._layouts[result] = AxisLayout(result.shape[: place + 1], self._batch_size)
         return True
 
     def _note_einsum(self, args: Any, result: Tensor) -> bool:
@@ -328,6 +349,11 @@ def _keeps_first_axis(source: Tensor, result: Tensor, rows: int) -> bool:
     axes = list(zip(source.shape, source.stride(), strict=True))
     here = (result.shape[0], result.stride(0)) == axes[0]
     return source.shape[0] == rows and here and axes.count(axes[0]) == 1
+
+
+def _first_argument(args: Any, kwargs: Any) -> Any:
+    """A torch function's first argument, by place or by any name that torch takes for it."""
+    return args[0] if args else next(kwargs[name] for name in ("input", "x", "a", "x1") if name in kwargs)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

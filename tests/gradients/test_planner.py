@@ -38,15 +38,19 @@ def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
         clipped_gradient_sum, model, [batch], per_sample_loss=loss, strategy="book_keeping"
     )
     median = float(run(clipping=AutomaticClipping()).norms.median())
-    results, plain = [], planner.settle
+    results, plain = [], planner.Keeping.settle
     for cost in (1e12, 0):
         kinds: set[type] = set()
         monkeypatch.setattr(planner, "_COST_OF_A_BUILT_ELEMENT", cost)
         monkeypatch.setattr(planner, "_LARGEST_GROWTH", 1e12)
-        monkeypatch.setattr(
-            "dp_trainer.gradients.book_keeping.settle",
-            lambda name, form, kinds=kinds: kinds.add(type(plain(name, form))) or plain(name, form),
-        )
+        monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_ALL", 1e12)
+
+        def spy(self, name, form, kinds=kinds):
+            settled = plain(self, name, form)
+            kinds.add(type(settled))
+            return settled
+
+        monkeypatch.setattr(planner.Keeping, "settle", spy)
         results.append(run(clipping=FlatClipping(1.01 * median)))
         assert (OuterProduct in kinds) == (cost > 0)
     assert 0 < int((results[0].factors < 0.999).sum()) < len(batch["labels"])
@@ -122,17 +126,31 @@ def test_what_is_built(forms, built):
     assert planner.is_built(forms) == built
 
 
+def test_built_gradients_are_as_many_as_memory_allows():
+    """Each takes 1.56 times the memory of its factors; together they may take 1.05 times that of all."""
+    keeping = planner.Keeping()
+    forms = [
+        OuterProduct(torch.randn(1, 197, 1536), torch.randn(1, 197, 384, dtype=torch.float32))
+        for _ in range(12)
+    ]
+    built = [not isinstance(keeping.settle("", form), OuterProduct) for form in forms]
+    assert sum(built) == 1
+
+
 TOKENS = lambda batch, length: {"input_ids": torch.zeros(batch, length, dtype=torch.long)}  # noqa: E731
 
 
 @pytest.mark.parametrize(
     ("micro_batch", "checkpointing", "expected"),
     [
-        (TOKENS(4, 1000), False, "book_keeping"),
+        (TOKENS(4, 1000), False, "direct"),
+        (TOKENS(4, 300), False, "book_keeping"),
+        ({"pixel_values": torch.zeros(4, 3, 8, 8)}, False, "book_keeping"),
         (TOKENS(1, 1000), False, "direct"),
         (TOKENS(1, 20), False, "book_keeping"),
         ({"pixel_values": torch.zeros(1, 3, 8, 8)}, False, "direct"),
         (TOKENS(4, 1000), True, "direct"),
+        (TOKENS(4, 300), True, "two_pass"),
         (TOKENS(4, 20), True, "two_pass"),
         (TOKENS(1, 1000), True, "direct"),
     ],
@@ -171,8 +189,7 @@ def test_weights_in_two_bfloat16_pieces_keep_sixteen_digits():
 def test_inputs_are_kept_as_autocast_multiplied_them():
     """Otherwise one factor would be float32, and a device could not use its half-precision units."""
     layer, x = nn.Linear(D, P), torch.randn(B, 7, D)
-    kinds = []
-    planner_settle = planner.settle
+    kinds, plain = [], planner.Keeping.settle
 
     def loss(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -180,8 +197,7 @@ def test_inputs_are_kept_as_autocast_multiplied_them():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "dp_trainer.gradients.book_keeping.settle",
-            lambda name, form: kinds.append(form) or planner_settle(name, form),
+            planner.Keeping, "settle", lambda self, n, form: kinds.append(form) or plain(self, n, form)
         )
         result = clipped_gradient_sum(layer, [{"x": x}], per_sample_loss=loss, clipping=FlatClipping(1e9))
     outer = [form for form in kinds if isinstance(form, OuterProduct)]

@@ -236,6 +236,33 @@ def test_unsorting_by_a_write_is_followed(unsort):
     _compare(model, {"x": torch.randn(4, 5, D)})
 
 
+def _sorted_values(m, x, order):
+    return torch.sort(input=x.sum((1, 2))).values[:, None] * m.scale
+
+
+BY_KEYWORD = {
+    "transpose": lambda m, x, _: m.layer(torch.transpose(input=x, dim0=0, dim1=1)).transpose(0, 1),
+    "pick": lambda m, x, order: m.layer(torch.index_select(input=x, dim=0, index=order))[order.argsort()],
+    "pick with NumPy's names": lambda m, x, order: m.layer(torch.index_select(x=x, axis=0, index=order))[
+        order.argsort()
+    ],
+    "sort": lambda m, x, order: _sorted_values(m, x, order)[order.argsort()],
+    "made of picked rows": lambda m, x, order: m.layer(torch.tanh(input=x[order]))[order.argsort()],
+    "written into picked rows": lambda m, x, order: m.layer(
+        torch.index_add(input=x[order], dim=0, index=torch.arange(len(x)), source=x[order].tanh())
+    )[order.argsort()],
+}
+
+
+@pytest.mark.parametrize("name", BY_KEYWORD)
+def test_calls_with_keywords_are_followed(name):
+    """As those by place: a source that is not looked for under its name was once taken for the samples in order."""
+    torch.manual_seed(0)
+    function = BY_KEYWORD[name]
+    model = _Model(lambda m, x: function(m, x, torch.argsort(x.sum((1, 2)))))
+    _compare(model, {"x": torch.randn(4, 8, D)})
+
+
 def test_a_constant_table_in_the_datas_dtype_stays_a_constant():
     """Its rows are no samples', though their number may be divisible by B."""
     torch.manual_seed(0)

@@ -38,7 +38,7 @@ _IN_PLACE: tuple[Callable[..., Any], ...] = (
 def _broadcast(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> Any:
     """Runs ``function`` with each tracked argument expanded over the samples."""
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+    shape = _broadcast_shape([t.shape for t in tensors])
     data = [t for t in tensors if not call.is_tracked(t)]
     if not any(t.ndim == len(shape) and t.shape[:1] == shape[:1] for t in data):
         call.refuse(f"no sample data among its arguments brings the first axis of the result, {tuple(shape)}")
@@ -46,6 +46,16 @@ def _broadcast(function: Callable[..., Any], call: Call, *args: Any, **kwargs: A
         *(call.per_sample_copy(a, shape) if call.is_tracked(a) else a for a in args),
         **{k: call.per_sample_copy(a, shape) if call.is_tracked(a) else a for k, a in kwargs.items()},
     )
+
+
+def _broadcast_shape(shapes: list[torch.Size]) -> tuple[int, ...]:
+    """The shape of the result; shapes that do not fit each other are left to the function's own error.
+
+    ``torch.broadcast_shapes`` is dearer than the multiplication of a small step.
+    """
+    axes = max(map(len, shapes))
+    padded = [(*[1] * (axes - len(shape)), *shape) for shape in shapes]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded, strict=True))
 
 
 def _broadcast_in_place(function: Callable[..., Any], call: Call, *args: Any, **kwargs: Any) -> Any:
