@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         UnsupportedOperationError,
     )
     from dp_trainer.gradients.certificate import Certificate, certify
+    from dp_trainer.gradients.explain import explain
     from dp_trainer.gradients.rules.base import operation_rule
     from dp_trainer.gradients.strategies import ClippedGradientSum, clipped_gradient_sum
     from dp_trainer.privacy.clipping import (
@@ -44,6 +45,7 @@ _HOMES = {
     "UnsupportedOperationError": "dp_trainer.errors",
     "certify": "dp_trainer.gradients.certificate",
     "clipped_gradient_sum": "dp_trainer.gradients.strategies",
+    "explain": "dp_trainer.gradients.explain",
     "freeze_batch_norm": "dp_trainer.batch_norm",
     "operation_rule": "dp_trainer.gradients.rules.base",
 }
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedOperationError",
     "certify",
     "clipped_gradient_sum",
+    "explain",
     "freeze_batch_norm",
     "operation_rule",
 ]

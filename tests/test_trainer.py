@@ -832,3 +832,26 @@ def test_without_training_data_it_evaluates_and_says_there_is_no_plan(tmp_path):
     assert "eval_loss" in run.evaluate()
     with pytest.raises(ConfigurationError, match="train_dataset"):
         run.train()
+
+
+def test_a_run_goes_on_where_memory_runs_out(tmp_path):
+    """With smaller micro-batches: the same samples, count, noise and ε."""
+    largest = []
+
+    def per_sample(outputs, labels, **_):
+        largest.append(len(labels))
+        if len(labels) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return nn.functional.cross_entropy(outputs["logits"], labels, reduction="none")
+
+    privacy = {"noise_multiplier": 1.0, "target_delta": 1e-3, "certificate_samples": 2}
+    changes = {"max_steps": 4, "per_device_train_batch_size": 8}
+    run = trainer(tmp_path, extra={"compute_loss_func": per_sample}, privacy=privacy, **changes)
+    expected = trainer(tmp_path, privacy=privacy, **changes).plan
+    run.train()
+    assert run.accountant.steps_spent == run.state.global_step == 4
+    assert run.plan == expected
+    assert run.accountant.epsilon == run.plan.epsilon
+    assert max(largest) > 3
+    # A few failures at first, and none in later steps.
+    assert max(largest[len(largest) // 2 :]) <= 3

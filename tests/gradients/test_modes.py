@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import warnings
 import weakref
 
@@ -275,3 +276,36 @@ def test_a_model_without_trainable_parameters_is_refused():
     model = nn.Linear(3, 2).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="requires_grad"):
         clipped_gradient_sum(model, [], per_sample_loss=lambda m, b: b["x"], clipping=FlatClipping(1.0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_second_pass_draws_the_dropout_of_the_first(dropout):
+    """Otherwise the norm measured would be that of another gradient, and the contribution not at its bound."""
+    model = nn.Sequential(nn.Linear(4, 50), nn.Dropout(dropout), nn.Tanh(), nn.Linear(50, 2)).double()
+    for _ in range(5):
+        result = clipped_gradient_sum(
+            model,
+            [{"x": torch.randn(1, 4).double()}],
+            per_sample_loss=lambda m, b: m(b["x"]).pow(2).sum(1),
+            clipping=FlatClipping(1e-3),
+            strategy="two_pass",
+        )
+        size = torch.stack([g.norm() for g in result.gradients.values()]).norm()
+        assert float(size) == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_two_passes_that_differ_are_refused():
+    """Chance from outside torch's generators cannot be drawn again."""
+    chance = random.Random(3)
+
+    def loss(model, micro_batch):
+        return model(micro_batch["x"]).pow(2).sum(1) * (1 + chance.random())
+
+    with pytest.raises(ConfigurationError, match="second forward pass"):
+        clipped_gradient_sum(
+            nn.Linear(4, 2),
+            [{"x": torch.randn(3, 4)}],
+            per_sample_loss=loss,
+            clipping=FlatClipping(1.0),
+            strategy="two_pass",
+        )
