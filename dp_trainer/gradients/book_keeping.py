@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size
 from dp_trainer.errors import UnsupportedOperationError
-from dp_trainer.gradients.capture import Use, capture
+from dp_trainer.gradients.capture import Settle, Use, capture
 from dp_trainer.gradients.forms import Form
 from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.measures import accumulation_dtype
@@ -37,14 +37,7 @@ def book_keeping(
     verified: set[Use] | None = None,
 ) -> Part:
     """Adds a micro-batch's clipped sum to the totals, from its forms."""
-    batch_size = micro_batch_size(micro_batch)
-    with capture(model, batch_size, settle=Keeping().settle) as tape:
-        losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
-        if losses_B.requires_grad:
-            losses_B.sum().backward()  # type: ignore[no-untyped-call]
-    losses_B = losses_B.detach()
-    verify_uses(tape.uses, verified, model, micro_batch, per_sample_loss)
-    forms_by_name = tape.take_forms()
+    forms_by_name, losses_B = captured_forms(model, micro_batch, per_sample_loss, Keeping().settle, verified)
     with full_precision(losses_B.device):
         norms_B = norms_of(add_squares(squared_norms(forms_by_name), losses_B))
         factors_B = clipping(norms_B)
@@ -52,22 +45,28 @@ def book_keeping(
     return Part(norms_B, factors_B, losses_B)
 
 
-def verify_uses(
-    uses: set[Use],
-    verified: set[Use] | None,
+def captured_forms(
     model: nn.Module,
     micro_batch: MicroBatch,
     per_sample_loss: PerSampleLoss,
-) -> None:
-    """Checks a micro-batch that uses parameters in a way not seen before, and adds its uses to ``verified``.
+    settle: Settle,
+    verified: set[Use] | None,
+) -> tuple[dict[str, list[Form]], Tensor]:
+    """Runs one forward and one backward pass; returns the forms that ``settle`` left, by name, and the losses (B,).
 
     Raises:
-        CertificateError: If samples are mixed up.
+        CertificateError: With ``verified``, if a use not seen before mixes samples up.
     """
-    if verified is not None and micro_batch_size(micro_batch) > 1 and not uses <= verified:
+    batch_size = micro_batch_size(micro_batch)
+    with capture(model, batch_size, settle=settle) as tape:
+        losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
+        if losses_B.requires_grad:
+            losses_B.sum().backward()  # type: ignore[no-untyped-call]
+    if verified is not None and batch_size > 1 and not tape.uses <= verified:
         with repeatable(model):
             check_independence(model, micro_batch, per_sample_loss)
-        verified |= uses
+        verified |= tape.uses
+    return tape.take_forms(), losses_B.detach()
 
 
 def add_squares(squares_by_name: dict[str, Tensor], losses_B: Tensor) -> Tensor:

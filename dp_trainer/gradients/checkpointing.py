@@ -23,13 +23,12 @@ from dp_trainer.errors import UnsupportedOperationError
 _GENERATOR = "_checkpoint_without_reentrant_generator"
 
 
-@contextlib.contextmanager
-def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
-    """While inside, checkpointed blocks recompute under ``mode``.
+def refuse_reentrant(model: nn.Module) -> None:
+    """Refuses a transformers model with reentrant checkpointing.
 
     Raises:
-        UnsupportedOperationError: For a transformers model with reentrant checkpointing,
-            whose inner backward pass puts gradients where no capture sees them.
+        UnsupportedOperationError: Its inner backward pass puts gradients where no capture sees them,
+            and ``torch.autograd.grad`` does not work through it.
     """
     for path, module in model.named_modules():
         # Only plain attributes: on a module, ``getattr`` of a missing one builds an error.
@@ -40,6 +39,16 @@ def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[N
                 f"{path or 'the model'}: reentrant gradient checkpointing hides gradients from the capture. "
                 "Set gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
+
+
+@contextlib.contextmanager
+def recomputation_under(model: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
+    """While inside, checkpointed blocks recompute under ``mode``.
+
+    Raises:
+        UnsupportedOperationError: For a transformers model with reentrant checkpointing.
+    """
+    refuse_reentrant(model)
     original = getattr(torch.utils.checkpoint, _GENERATOR)
 
     def generator(

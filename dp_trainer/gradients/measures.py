@@ -45,7 +45,7 @@ def weighted_product(left_XP: Tensor, right_XD: Tensor, weights_X: Tensor, total
     scaled, other = (left_XP, right_XD) if left_is_scaled else (right_XD, left_XP)
     exact = wide(scaled) * weights_X.to(accumulation_dtype(scaled))[:, None]
     if splits_weights(left_XP, right_XD):
-        # Tensor cores take bfloat16 only, of half the digits: the rest goes through them as well.
+        # The fast units take bfloat16 only, of fewer digits: the rest goes through them as well.
         pieces = split_in_halves(exact)
         exact, other = torch.cat(pieces), torch.cat([other] * len(pieces))
         left, right = (exact, other) if left_is_scaled else (other, exact)
@@ -74,7 +74,7 @@ def _has_wide_sums(first: Tensor, second: Tensor) -> bool:
     """Whether the device multiplies these in half precision, exactly, and sums in float32.
 
     Products of two half-precision numbers fit in float32, so nothing is lost against
-    converting first, and tensor cores are about ten times as fast.
+    converting first, and the device's half-precision units can be used.
     """
     halves = first.dtype in (torch.bfloat16, torch.float16) and first.dtype == second.dtype
     return halves and first.is_cuda

@@ -8,12 +8,14 @@ Axes: B sample.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size, sample_of
 from dp_trainer.gradients.capture import Use
+from dp_trainer.gradients.checkpointing import refuse_reentrant
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.parts import (
     MicroBatch,
@@ -37,15 +39,13 @@ def loop(
 ) -> Part:
     """The reference for every other strategy: each gradient is scaled, then added."""
     parts = []
-    for index in range(micro_batch_size(micro_batch)):
-        gradients, losses_B, norms_B = _gradients(model, sample_of(micro_batch, index), per_sample_loss)
-        factors_B = clipping(norms_B)
-        if torch.isfinite(norms_B).all():
+    for gradients, part in _each_sample(model, micro_batch, per_sample_loss, clipping):
+        parts.append(part)
+        if torch.isfinite(part.norms).all():
             for name, gradient in gradients.items():
                 gradient = gradient.to(accumulation_dtype(gradient))
-                contribution = gradient * factors_B.to(gradient.dtype)
+                contribution = gradient * part.factors.to(gradient.dtype)
                 totals[name] = totals[name] + contribution if name in totals else contribution
-        parts.append(Part(norms_B, factors_B, losses_B))
     return joined(parts)
 
 
@@ -59,21 +59,28 @@ def direct(
 ) -> Part:
     """As ``loop``, with fewer passes over the gradients: scaled and added to the totals in one."""
     parts = []
+    for gradients, part in _each_sample(model, micro_batch, per_sample_loss, clipping):
+        parts.append(part)
+        # The device waits here once a sample.
+        norm, factor = torch.cat([part.norms, part.factors]).tolist()
+        for name in list(gradients) if math.isfinite(norm) else ():
+            gradient = gradients.pop(name)
+            if name in totals:
+                totals[name].add_(gradient, alpha=factor)
+            else:
+                # Not in place: autograd may give two parameters the same tensor.
+                totals[name] = gradient.to(accumulation_dtype(gradient)) * factor
+    return joined(parts)
+
+
+def _each_sample(
+    model: nn.Module, micro_batch: MicroBatch, per_sample_loss: PerSampleLoss, clipping: ClippingFunction
+) -> Iterator[tuple[dict[str, Tensor], Part]]:
+    """Yields one sample's gradients by name, and its part."""
+    refuse_reentrant(model)
     for index in range(micro_batch_size(micro_batch)):
         gradients, losses_B, norms_B = _gradients(model, sample_of(micro_batch, index), per_sample_loss)
-        factors_B = clipping(norms_B)
-        # The device waits here once a sample.
-        norm, factor = torch.cat([norms_B, factors_B]).tolist()
-        if math.isfinite(norm):
-            for name in list(gradients):
-                gradient = gradients.pop(name)
-                if name in totals:
-                    totals[name].add_(gradient, alpha=factor)
-                else:
-                    # Not in place: autograd may give two parameters the same tensor.
-                    totals[name] = gradient.to(accumulation_dtype(gradient)) * factor
-        parts.append(Part(norms_B, factors_B, losses_B))
-    return joined(parts)
+        yield gradients, Part(norms_B, clipping(norms_B), losses_B)
 
 
 def _gradients(

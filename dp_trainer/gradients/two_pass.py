@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dp_trainer.batches import micro_batch_size
 from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
-from dp_trainer.gradients.book_keeping import add_squares, verify_uses
-from dp_trainer.gradients.capture import Use, capture
+from dp_trainer.gradients.book_keeping import add_squares, captured_forms
+from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.forms import Form, sum_squared_norms
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.one_sample import direct
@@ -29,7 +28,7 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
-from dp_trainer.gradients.planner import squared_norms, without_unused_positions
+from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 
 # How far the second forward pass may be from the first: order of additions, not other dropout.
@@ -64,8 +63,20 @@ def two_pass(
             "those of the gradients. The model draws chance from outside torch's generators, or changes itself. "
             "Set strategy='book_keeping'."
         )
-    if again_B.requires_grad:
-        _add_gradients(model, (again_B * factors_B.to(again_B.dtype)).sum(), totals)
+    gradients = _gradients(model, (again_B * factors_B.to(again_B.dtype)).sum())
+    lengths = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g)) for g in gradients.values()]
+    length = torch.stack(lengths).norm() if lengths else norms_B.new_zeros(())
+    if not torch.isfinite(length):
+        return direct(model, micro_batch, per_sample_loss, clipping, totals)
+    if length > (factors_B * norms_B).sum() * (1 + _LARGEST_DIFFERENCE):
+        raise UnsupportedOperationError(
+            "strategy='two_pass': the weighted gradients of the second pass are longer together than the norms of "
+            "the first allow. Set strategy='book_keeping', or 'loop', and report the model."
+        )
+    for name, gradient in gradients.items():
+        # A copy: autograd may give two parameters the same tensor.
+        added = gradient.to(accumulation_dtype(gradient), copy=name not in totals)
+        totals[name] = totals[name].add_(added) if name in totals else added
     return Part(norms_B, factors_B, losses_B)
 
 
@@ -82,16 +93,10 @@ def _measure(
                 f"{name}: its only use gave two gradients. Set strategy='book_keeping'."
             )
         with full_precision(device):
-            squares[name] = sum_squared_norms([without_unused_positions(form)])
+            # Whole: the second pass multiplies also what has no gradient, and zero times infinity is NaN.
+            squares[name] = sum_squared_norms([form])
 
-    batch_size = micro_batch_size(micro_batch)
-    with capture(model, batch_size, settle=measure) as tape:
-        losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
-        if losses_B.requires_grad:
-            losses_B.sum().backward()  # type: ignore[no-untyped-call]
-    losses_B = losses_B.detach()
-    verify_uses(tape.uses, verified, model, micro_batch, per_sample_loss)
-    forms_by_name = tape.take_forms()
+    forms_by_name, losses_B = captured_forms(model, micro_batch, per_sample_loss, measure, verified)
     both = sorted(squares.keys() & forms_by_name.keys())
     if both:
         raise UnsupportedOperationError(
@@ -102,15 +107,12 @@ def _measure(
         return norms_of(add_squares(squares, losses_B)), losses_B
 
 
-def _add_gradients(model: nn.Module, loss: Tensor, totals: dict[str, Tensor]) -> None:
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     parameters = trainable_parameters(model)
+    if not loss.requires_grad:
+        return {}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    for name, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None and name in totals:
-            totals[name].add_(gradient)
-        elif gradient is not None:
-            # A copy: autograd may give two parameters the same tensor.
-            totals[name] = gradient.to(accumulation_dtype(gradient), copy=True)
+    return {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
