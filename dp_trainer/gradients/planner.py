@@ -34,7 +34,7 @@ from dp_trainer.gradients.parts import full_precision
 # What touching one element of a built gradient costs, in multiplications of a matrix product: it is written
 # once and read twice. Measured on two CPUs: building wins from T ≈ 180 at P = D = 768.
 _COST_OF_A_BUILT_ELEMENT = 84
-# The same for a gradient that autograd leaves whole: read for its norm, and added to the total.
+# The same for a gradient that autograd leaves whole, read for its norm and added to the total: an estimate.
 _COST_OF_A_WHOLE_ELEMENT = 60
 # The share of a Gram matrix that is computed: the lower triangle, in blocks.
 _SHARE_OF_A_GRAM = 0.6
@@ -142,16 +142,16 @@ def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
     ``direct`` reads and adds each sample's gradient whole, where ``book_keeping``
     has a ghost norm, which is less for short samples, and serves several at once.
     Long samples keep a CPU busy one by one. Gradient checkpointing asks to save
-    memory, and keeping every layer's inputs and gradients would undo it: then
-    long samples go one by one everywhere, and short ones together in two passes.
+    memory, and keeping every layer's inputs and gradients would undo it.
+
+    Only these two: what ``two_pass`` adds is rounded once more, by the model's own
+    precision, so it is for those who ask for it and have it certified.
     """
     positions = _positions(micro_batch)
     if micro_batch_size(micro_batch) > 1:
         on_cpu = next(model.parameters()).device.type == "cpu"
-        is_long = positions is not None and positions >= _LONG
-        if is_long and (on_cpu or saves_memory(model)):
-            return "direct"
-        return "two_pass" if saves_memory(model) else "book_keeping"
+        is_long = on_cpu and positions is not None and positions >= _LONG
+        return "direct" if is_long or saves_memory(model) else "book_keeping"
     weights = [p.shape for p in model.parameters() if p.requires_grad and p.ndim == 2]
     whole = _COST_OF_A_WHOLE_ELEMENT * sum(p.numel() for p in model.parameters() if p.requires_grad)
     if positions is None:

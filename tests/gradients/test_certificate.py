@@ -12,7 +12,7 @@ from cases import MODEL_CASES
 from torch import nn
 
 from dp_trainer import AutomaticClipping, CertificateError, FlatClipping, certify
-from dp_trainer.gradients import book_keeping, forms
+from dp_trainer.gradients import book_keeping, forms, planner
 from dp_trainer.gradients.certificate import without_padding
 from dp_trainer.losses import per_sample_loss_for
 
@@ -61,6 +61,26 @@ def _halve_norms(monkeypatch):
     plain = book_keeping.squared_norms
     halved = lambda forms: {name: squares * 0.25 for name, squares in plain(forms).items()}  # noqa: E731
     monkeypatch.setattr(book_keeping, "squared_norms", halved)
+
+
+@pytest.mark.parametrize("way", ["long samples", "gradient checkpointing"])
+def test_automatic_is_certified_where_it_is_not_the_reference(way, monkeypatch):
+    """The planner may give these two samples to plain autograd, and the next ones to book-keeping."""
+    case = CASES["gpt2-tied"]
+    model, micro_batch = case.build(), case.micro_batch()
+    if way == "long samples":
+        monkeypatch.setattr(planner, "_LONG", 2)
+    else:
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    assert planner.choose_strategy(model, micro_batch) == "direct"
+    settings = {"per_sample_loss": per_sample_loss_for(model), "clipping": AutomaticClipping()}
+    assert certify(model, micro_batch, strategy="automatic", **settings).strategy == "book_keeping"
+    _halve_norms(monkeypatch)
+    with pytest.raises(CertificateError, match="not exact"):
+        certify(model, micro_batch, strategy="automatic", **settings)
 
 
 def _no_clipping(monkeypatch):
