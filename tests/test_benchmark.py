@@ -310,7 +310,7 @@ def test_the_overall_table_of_steps():
 
 
 def test_a_failed_contender_leaves_the_others(monkeypatch):
-    def child(task, settings, *, label):
+    def child(task, settings, *, label, keeps_memory=True):
         if settings["contender"] == "opacus-hooks":
             return None
         if task == "step-memory":
@@ -362,7 +362,7 @@ def test_sweeps_change_one_thing_along_each_curve():
 
 
 def test_scaling_reports_what_its_points_measured(monkeypatch):
-    def child(task, settings, *, label):
+    def child(task, settings, *, label, keeps_memory=True):
         if settings["length"] == 64:
             return None
         return {"plain": [1.0, 1.0], "private": [1.5, 1.5], "parameters": 2_000_000}

@@ -60,11 +60,11 @@ def _seconds(step: Callable[[], object], repeats: int, device: Device) -> float:
 
 
 # glibc gives freed memory back at once, and getting it again costs up to a tenth of a step; whose step that is
-# depends on who freed last. So measured processes keep what they freed, whoever runs in them.
+# depends on who freed last. So timed processes keep what they freed, whoever runs in them.
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**11)}
 
 
-def in_child(task: str, settings: Mapping[str, Any], *, label: str) -> Any:
+def in_child(task: str, settings: Mapping[str, Any], *, label: str, keeps_memory: bool = True) -> Any:
     """Runs one measurement in a process of its own.
 
     A contender that cannot take a model, or runs out of memory, must not end the others.
@@ -73,13 +73,18 @@ def in_child(task: str, settings: Mapping[str, Any], *, label: str) -> Any:
         task: Name of the measurement, see ``benchmark.CHILD_TASKS``.
         settings: Its keyword arguments, as JSON can hold them.
         label: Names the measurement where it fails.
+        keeps_memory: Off where memory itself is measured, which is to be what users see.
 
     Returns:
         Its result; None, after a printed line with the reason, if the process failed.
     """
     command = [sys.executable, str(SCRIPT), "--child", json.dumps({"task": task, "settings": dict(settings)})]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**KEEPS_MEMORY, **os.environ}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**(KEEPS_MEMORY if keeps_memory else {}), **os.environ},
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]

@@ -101,7 +101,10 @@ def measure_case(
             continue
         settings: dict[str, Any] = {"case": case, "contender": name, **asdict(device)}
         label = f"{case}: {name}"
-        peaks = {n: in_child("step-memory", {**settings, "micro_batches": n}, label=label) for n in counts}
+        peaks = {
+            n: in_child("step-memory", {**settings, "micro_batches": n}, label=label, keeps_memory=False)
+            for n in counts
+        }
         counts = [n for n in counts if peaks[n] is not None]
         if not counts:
             continue
