@@ -182,6 +182,30 @@ def sample_lengths(samples: Sequence[Any]) -> list[int | None]:
     ]
 
 
+def column_lengths(dataset: Any) -> list[int] | None:
+    """Returns the lengths of all samples where a table knows them without making samples; else None.
+
+    Args:
+        dataset: The training set; of Arrow tables, the first column of lists that tells a length is read.
+    """
+    columns = getattr(dataset, "column_names", None)
+    column = next((c for c in _LENGTH_COLUMNS if columns and c in columns), None)
+    if (
+        column is None
+        or not hasattr(dataset, "with_format")
+        or getattr(dataset, "_format_type", None) == "custom"
+    ):
+        return None
+    table = dataset.select_columns([column]).with_format("arrow")
+    lengths: list[int] = []
+    for batch in table.iter(batch_size=10_000):
+        values = batch.column(column)
+        if "list" not in str(values.type):
+            return None
+        lengths += [len(value) for value in values]
+    return lengths
+
+
 def spread_by_length(samples: Sequence[Any], count: int) -> list[Any]:
     """Returns up to ``count`` of the samples, their lengths spread evenly from the shortest to the longest."""
     lengths = sample_lengths(samples)

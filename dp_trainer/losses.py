@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,16 @@ def per_sample_loss_for(model: nn.Module, *, label_smoothing: float = 0.0) -> He
             f"{class_name} ({head.name}): this head's targets are not smoothed. Set label_smoothing_factor to 0."
         )
     return HeadLoss(head=head, class_name=class_name, label_smoothing=label_smoothing)
+
+
+def inside(context: Callable[[], AbstractContextManager[Any]], loss: PerSampleLoss) -> PerSampleLoss:
+    """Returns the loss computed inside a context, such as autocast, made anew for each call."""
+
+    def wrapped(model: nn.Module, micro_batch: Mapping[str, Any]) -> Tensor:
+        with context():
+            return loss(model, micro_batch)
+
+    return wrapped
 
 
 def _base_model(model: nn.Module) -> Any:

@@ -55,11 +55,6 @@ ARGUMENT_REFUSALS = (
         "DataParallel replicates the model where no capture sees it. Set CUDA_VISIBLE_DEVICES to one device",
     ),
     Refusal(
-        "several processes",
-        lambda a: a.world_size > 1,
-        "this version draws and reduces logical batches on one process. Launch a single process",
-    ),
-    Refusal(
         "optim",
         lambda a: _optimizer(a) in _STEPPING_IN_BACKWARD or "layerwise" in _optimizer(a),
         "it steps inside the backward pass, before noise is added. Use another optimizer, such as adamw_torch",
@@ -97,10 +92,8 @@ ARGUMENT_REFUSALS = (
     Refusal(
         "deepspeed",
         lambda a: bool(a.deepspeed),
-        "its engine reduces and steps before noise is added. Train on one process",
-    ),
-    Refusal(
-        "fsdp", lambda a: bool(a.fsdp), "sharded parameters are not supported in this version. Remove it"
+        "its engine reduces and steps before noise is added. Use FSDP2 (fsdp_version: 2), which shards as ZeRO-3 "
+        "does",
     ),
     Refusal(
         "parallelism_config",
@@ -119,6 +112,32 @@ def refuse_unsupported_arguments(args: TrainingArguments) -> None:
     for refusal in ARGUMENT_REFUSALS:
         if refusal.applies(args):
             raise UnsupportedOperationError(f"TrainingArguments: {refusal.setting}: {refusal.reason}.")
+
+
+def refuse_unsupported_backend(accelerator: Any) -> None:
+    """Raises for ways of running several processes that have no private form here.
+
+    Raises:
+        UnsupportedOperationError: Naming the way, the reason and what to use instead.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if kind == "FSDP" and getattr(plugin, "fsdp_version", 1) != 2:
+        raise UnsupportedOperationError(
+            "FSDP 1 flattens parameters together, so that no per-sample gradient can be told apart. Set "
+            "fsdp_version: 2."
+        )
+    offload = getattr(plugin, "cpu_offload", None)
+    if kind == "FSDP" and getattr(offload, "offload_params", bool(offload)):
+        raise UnsupportedOperationError(
+            "FSDP with parameters offloaded to the CPU: noised sums lie on the device. Set "
+            "fsdp_offload_params: false."
+        )
+    if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
+        raise UnsupportedOperationError(
+            f"Training with {kind} is not supported: it reduces gradients, or steps, where no noise has been added. "
+            "Use plain data parallelism (MULTI_GPU) or FSDP2."
+        )
 
 
 def refuse_unsupported_modules(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +23,24 @@ from transformers.utils import logging
 
 from dp_trainer import records
 from dp_trainer.arguments import PrivacyArguments
-from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_length
+from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, column_lengths, spread_by_length
+from dp_trainer.distributed import Ranks, sampler_of
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.certificate import LARGEST_EXCESS, Certificate, certify
 from dp_trainer.gradients.halving import Halving
 from dp_trainer.gradients.independence import check_independence, repeatable
+from dp_trainer.gradients.sharding import is_sharded
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
-from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, per_sample_loss_for
+from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, inside, per_sample_loss_for
 from dp_trainer.privacy.accountant import PrivacyAccountant
-from dp_trainer.privacy.noise import NoiseGenerator
 from dp_trainer.privacy.plan import PrivacyPlan, make_plan
-from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, fresh_key, steps_per_epoch
+from dp_trainer.privacy.sampling import steps_per_epoch
 from dp_trainer.privacy.statement import PrivacyStatement, privacy_statement
 from dp_trainer.refusals import (
     refuse_foreign_parameters,
     refuse_unsupported_arguments,
+    refuse_unsupported_backend,
     refuse_unsupported_modules,
     refuse_unsupported_optimizer,
     with_fixed_arguments,
@@ -123,7 +125,9 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         self._verified_uses: set[Use] = set()
         self._halving = Halving()
         self._dropped_samples = 0
-        self._noise = NoiseGenerator(device=self.args.device, insecure_seed=privacy.insecure_noise_seed)
+        refuse_unsupported_backend(self.accelerator)
+        self._ranks = Ranks.current(self.args.device)
+        self._noise = self._ranks.noise_generator(insecure_seed=privacy.insecure_noise_seed)
         self._accountant: PrivacyAccountant | None = None
         if train_dataset is not None:
             refuse_unsupported_modules(self.model)
@@ -165,7 +169,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
                 "train_dataset has no length, and the sampling probability needs one. Use a map-style dataset, "
                 "for instance datasets.Dataset.from_generator(...)."
             )
-        stated = self.args.per_device_train_batch_size * self._accumulation
+        stated = self.args.per_device_train_batch_size * self._accumulation * self.args.world_size
         batch = self.privacy.expected_batch_size or stated
         rows = len(self.train_dataset)
         # A stated public size also decides the number of steps, which would else show the true one.
@@ -216,21 +220,12 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         plan = self.plan
         self.args.max_steps = plan.steps
         dataset, collator = self._training_data()
-        steps = steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
-        rows = len(dataset)
-        sampler: Any = FullBatchSampler(dataset_size=rows, steps=steps)
-        if plan.sampling == "poisson":
-            sampler = PoissonSampler(
-                dataset_size=rows,
-                sampling_probability=plan.sampling_probability,
-                batch_cap=plan.batch_cap,
-                steps=steps,
-                key=fresh_key(),
-            )
+        self._ranks.check_same({"the dataset's length": len(dataset), "the privacy plan": plan.describe()})
+        lengths = column_lengths(dataset) if self._ranks.size > 1 else None
         workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=sampler_of(plan, len(dataset), self._ranks, lengths),
             collate_fn=LogicalBatchCollator(
                 data_collator=collator,
                 samples_per_micro_batch=self.args.per_device_train_batch_size,
@@ -269,7 +264,13 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
         module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        self._check_before_release(module, inputs)
+        # The ranks of a sharded model must make equally many forward passes.
+        sharded, count = is_sharded(module), len(inputs.micro_batches)
+        fillers = (
+            [self._collated([self.train_dataset[0]])] * (self._ranks.most(count) - count) if sharded else []
+        )
+        self._halving.allowed = not sharded
+        self._check_before_release(module, [*inputs.micro_batches, *fillers])
         # Counted before the optimizer can apply it: a crash may count a step too many, never one too few.
         self.accountant.spend_step()
         report = release(
@@ -283,6 +284,8 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             verified=self._verified_uses if self.privacy.certificate_samples else None,
             prepare=self._prepare_inputs,
             halving=self._halving,
+            ranks=self._ranks,
+            fillers=fillers,
         )
         if report.dropped_samples:
             self._dropped_samples += report.dropped_samples
@@ -345,15 +348,9 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         return per_sample_loss_for(self.model, label_smoothing=self.args.label_smoothing_factor)
 
     def _per_sample_loss(self) -> PerSampleLoss:
-        head_loss = self._head_loss()
+        return inside(self.compute_loss_context_manager, self._head_loss())
 
-        def under_autocast(model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-            with self.compute_loss_context_manager():
-                return head_loss(model, micro_batch)
-
-        return under_autocast
-
-    def _check_before_release(self, model: nn.Module, logical_batch: LogicalBatch) -> None:
+    def _check_before_release(self, model: nn.Module, pieces: Sequence[MicroBatch]) -> None:
         """The certificate once for each set of trainable parameters; now and then a look at real micro-batches."""
         if self.privacy.certificate_samples == 0:
             return
@@ -365,7 +362,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             self._certified, self._verified_uses = trainable, set()
         if self.privacy.strategy in ("direct", "loop"):
             return
-        pieces, due = logical_batch.micro_batches, set()
+        due: set[int] = set()
         if fresh or self.state.global_step % _STEPS_BETWEEN_LOOKS == 0:
             due = {0, len(pieces) // 2, len(pieces) - 1} if fresh else {len(pieces) // 2}
 
@@ -376,13 +373,18 @@ class DPTrainer(Trainer):  # type: ignore[misc]
 
         self._halving.run([piece for index, piece in enumerate(pieces) if index in due], look)
 
+    def _collated(self, samples: Sequence[Any]) -> MicroBatch:
+        """Samples of the training set as one micro-batch."""
+        _, collator = self._training_data()
+        collate = LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=len(samples))
+        return collate(samples).micro_batches[0]
+
     def _certify(self, model: nn.Module) -> Certificate:
         """Compares losses and gradients with their slow twins on a few real samples."""
-        dataset, collator = self._training_data()
+        dataset, _ = self._training_data()
         pool = [dataset[index] for index in range(min(len(dataset), _CERTIFICATE_POOL))]
         chosen = spread_by_length(pool, self.privacy.certificate_samples)
-        collate = LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=len(chosen))
-        micro_batch = self._prepare_inputs(collate(chosen).micro_batches[0])
+        micro_batch = self._prepare_inputs(self._collated(chosen))
         head_loss = self._head_loss()
         if isinstance(head_loss, HeadLoss):
             with self.compute_loss_context_manager():

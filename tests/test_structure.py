@@ -23,7 +23,7 @@ FORMS = ("errors", "gradients.measures", "gradients.slots", "gradients.forms")
 RULES = (*FORMS, "gradients.derived", "gradients.rules.*")
 CAPTURE = (
     *(*RULES, "gradients.layouts", "gradients.rows", "gradients.calls", "gradients.links"),
-    *("gradients.capture", "gradients.checkpointing"),
+    *("gradients.capture", "gradients.checkpointing", "gradients.sharding"),
 )
 ENGINE = (*CAPTURE, *SAMPLES, "gradients.*", "privacy.clipping")
 RELEASE = (*ENGINE, *NUMBERS, "release", "distributed")
@@ -53,6 +53,7 @@ MAY_IMPORT = {
     "gradients.calls": (*RULES, "gradients.layouts"),
     "gradients.capture": CAPTURE,
     "gradients.checkpointing": CAPTURE,
+    "gradients.sharding": ("errors",),
     "gradients.parts": (*CAPTURE, *NUMBERS),
     "gradients.planner": ENGINE,
     "gradients.book_keeping": ENGINE,

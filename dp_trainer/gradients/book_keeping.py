@@ -23,8 +23,10 @@ from dp_trainer.gradients.parts import (
     checked_losses,
     full_precision,
     norms_of,
+    trainable_parameters,
 )
 from dp_trainer.gradients.planner import Keeping, squared_norms
+from dp_trainer.gradients.sharding import is_sharded, on_any_rank, reduced_to_shards
 from dp_trainer.privacy.clipping import ClippingFunction
 
 
@@ -41,8 +43,24 @@ def book_keeping(
     with full_precision(losses_B.device):
         norms_B = norms_of(add_squares(squared_norms(forms_by_name), losses_B))
         factors_B = clipping(norms_B)
-        _add_clipped(forms_by_name, norms_B, factors_B, totals)
+        if is_sharded(model):
+            _add_clipped_shards(model, forms_by_name, norms_B, factors_B, totals)
+        else:
+            _add_clipped(forms_by_name, norms_B, factors_B, totals)
     return Part(norms_B, factors_B, losses_B)
+
+
+def fill_in(
+    model: nn.Module,
+    micro_batch: MicroBatch,
+    per_sample_loss: PerSampleLoss,
+    totals: dict[str, Tensor],
+    verified: set[Use] | None = None,
+) -> None:
+    """Takes part in the calls of other ranks of a sharded model, and adds nothing."""
+    _, losses_B = captured_forms(model, micro_batch, per_sample_loss, Keeping().settle, verified)
+    nothing = losses_B.new_zeros(0)
+    _add_clipped_shards(model, {}, nothing, nothing, totals)
 
 
 def captured_forms(
@@ -62,10 +80,14 @@ def captured_forms(
         losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
-    if verified is not None and batch_size > 1 and not tape.uses <= verified:
-        with repeatable(model):
-            check_independence(model, micro_batch, per_sample_loss)
-        verified |= tape.uses
+    if verified is not None:
+        is_new = batch_size > 1 and not tape.uses <= verified
+        # Ranks of a sharded model look together, since every forward pass needs all of them.
+        if on_any_rank(is_new, losses_B.device) if is_sharded(model) else is_new:
+            with repeatable(model):
+                check_independence(model, micro_batch, per_sample_loss)
+        if is_new:
+            verified |= tape.uses
     return tape.take_forms(), losses_B.detach()
 
 
@@ -96,3 +118,21 @@ def _add_clipped(
         for form in forms_by_name.pop(name):
             form = form if all_kept else form.select(kept_B)
             totals[name] = form.weighted_sum(factors_B, totals.get(name))
+
+
+def _add_clipped_shards(
+    model: nn.Module,
+    forms_by_name: dict[str, list[Form]],
+    norms_B: Tensor,
+    factors_B: Tensor,
+    totals: dict[str, Tensor],
+) -> None:
+    """As ``_add_clipped``, for a sharded model: one parameter at a time, the same ones in the same order on all ranks."""
+    for name, parameter in trainable_parameters(model).items():
+        own: dict[str, Tensor] = {}
+        if name in forms_by_name:
+            _add_clipped({name: forms_by_name.pop(name)}, norms_B, factors_B, own)
+        dtype = accumulation_dtype(parameter)
+        total = own.pop(name) if own else factors_B.new_zeros(parameter.shape, dtype=dtype)
+        shard = reduced_to_shards(total.to(dtype), name, parameter)
+        totals[name] = totals[name].add_(shard) if name in totals else shard

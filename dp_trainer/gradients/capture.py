@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,6 +33,7 @@ from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
+from dp_trainer.gradients.sharding import check_within_block, gathered_parameters
 from dp_trainer.gradients.slots import SlottedOuterProduct, join
 
 # What asks a tensor about itself: most calls in a forward pass, and none holds values.
@@ -96,14 +97,20 @@ class Tape:
     def __init__(
         self, parameters: Mapping[str, Tensor], batch_size: int, settle: Settle | None = None
     ) -> None:
-        self.parameters = parameters
+        self.parameters = dict(parameters)
         self.batch_size = batch_size
         self.uses: set[Use] = set()
         self._settle = settle
         # How many gradients the forward pass lets expect for each parameter.
         self._expected: Counter[str] = Counter()
         self._records: list[_Record] = []
+        self._are_gathered = False
         self._forms: dict[str, list[Form]] = {}
+
+    def gathered(self, name: str, parameter: Tensor) -> None:
+        """Takes a tensor for the whole of a parameter that is spread over ranks."""
+        if name in self.parameters:
+            self.parameters[name], self._are_gathered = parameter, True
 
     def expect(self, derived: Derived) -> None:
         """Announces in the forward pass that ``record`` will follow in the backward pass."""
@@ -117,13 +124,23 @@ class Tape:
             if settled is None:
                 return
             form = settled
-        self._records.append(_Record(derived, form, aligned))
         if aligned:
             self.uses.add(("its first axis is the samples'", derived.roots, "first axis"))
+        record = _Record(derived, form, aligned)
+        if self._are_gathered:
+            # Now, while FSDP holds the values that the way back may need.
+            check_within_block(derived.roots, derived.tensor)
+            self._resolve([record])
+        else:
+            self._records.append(record)
 
     def resolve(self) -> None:
-        """Carries all records back to parameters; joins the uses of one parameter where that costs less."""
+        """Carries all records back to parameters."""
         records, self._records = self._records, []
+        self._resolve(records)
+
+    def _resolve(self, records: Sequence[_Record]) -> None:
+        """Carries records back to parameters; joins the uses of one parameter where that costs less."""
         stored: dict[str, Tensor] = {}
         slotted: dict[str, list[SlottedOuterProduct]] = {}
         for record in records:
@@ -182,7 +199,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     tape = Tape(parameters, batch_size, settle)
     mode = CaptureMode(tape, (*tensors.values(), *model.buffers()))
     try:
-        with recomputation_under(model, mode), mode:
+        with recomputation_under(model, mode), gathered_parameters(model, mode.learn), mode:
             yield tape
         # While the mode still knows its tensors: a checkpointed chain is recomputed here.
         tape.resolve()
@@ -217,7 +234,7 @@ class CaptureMode(TorchFunctionMode):
         for tensor in tensors:
             name = names.get(id(tensor))
             self._known[id(tensor)] = Derived(tensor, () if name is None else (name,))
-        self._from_model = frozenset(self._known)
+        self._from_model = set(self._known)
         # Sample data that the model itself made a leaf, as for checkpointing over frozen embeddings.
         self._opened: dict[int, Tensor] = {}
         # Leaves that the forward pass made of tensors without sample data, as nn.Parameter(weight.T) does.
@@ -254,6 +271,12 @@ class CaptureMode(TorchFunctionMode):
             result = func(*args, **kwargs)
         self._rows.follow(func, args, kwargs, result)
         return result
+
+    def learn(self, name: str, parameter: Tensor) -> None:
+        """Takes a tensor for the parameter of that name, of which the model itself holds a shard."""
+        self._tape.gathered(name, parameter)
+        self._known[id(parameter)] = Derived(parameter, (name,) if name in self._tape.parameters else ())
+        self._from_model.add(id(parameter))
 
     def forget(self) -> None:
         """Drops every tensor that the mode keeps alive."""

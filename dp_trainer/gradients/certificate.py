@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dp_trainer.batches import select, split_micro_batch
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.independence import check_independence, repeatable
+from dp_trainer.gradients.sharding import is_sharded, local, whole
 from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
     MicroBatch,
@@ -205,11 +208,10 @@ def _sum_error(
     for sample in alone:
         for name, gradient in _run(model, [sample], per_sample_loss, clipping, "loop").gradients.items():
             expected[name] += gradient
-            sizes[name] += float(gradient.norm())
+            sizes[name] += _size(gradient)
     floor = _SMALLEST_SHARE * sum(sizes.values())
     errors = {
-        name: float((engine.gradients[name] - expected[name]).norm()) / (sizes[name] + floor)
-        for name in expected
+        name: _size(engine.gradients[name] - expected[name]) / (sizes[name] + floor) for name in expected
     }
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     return worst, errors[worst]
@@ -223,7 +225,7 @@ def _perturbed(model: nn.Module) -> Iterator[None]:
     torch.manual_seed(0)
     try:
         with torch.no_grad():
-            for parameter in parameters:
+            for parameter in (p for p in map(local, parameters) if p.numel()):
                 spread = parameter.float().std(correction=0).to(parameter.dtype)
                 parameter.add_(_PERTURBATION * (spread + _PERTURBATION) * torch.randn_like(parameter))
         yield
@@ -277,9 +279,14 @@ def _run(
     strategy: str,
 ) -> ClippedGradientSum:
     torch.manual_seed(0)
-    return clipped_gradient_sum(
+    result = clipped_gradient_sum(
         model, micro_batches, per_sample_loss=per_sample_loss, clipping=clipping, strategy=strategy
     )
+    if not is_sharded(model) or strategy in ("loop", "direct"):
+        return result
+    # All ranks have the same samples here, and the sums of all were added.
+    shares = {name: total / dist.get_world_size() for name, total in result.gradients.items()}
+    return dataclasses.replace(result, gradients=shares)
 
 
 def _disagreement(
@@ -305,7 +312,11 @@ def _listed(values: Tensor) -> str:
 
 
 def _length(gradients: Mapping[str, Tensor]) -> float:
-    return float(torch.stack([g.norm().double() for g in gradients.values()]).norm())
+    return math.hypot(*(_size(gradient) for gradient in gradients.values()))
+
+
+def _size(tensor: Tensor) -> float:
+    return float(whole(torch.linalg.vector_norm(tensor)))
 
 
 def _tolerance(model: nn.Module, computation_dtype: torch.dtype | None) -> float:

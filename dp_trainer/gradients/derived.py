@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, RowScatter
 from dp_trainer.gradients.slots import SlottedOuterProduct
 
@@ -167,6 +168,11 @@ def _pull_back(
         allow_unused=True,
         is_grads_batched=True,
     )
+    if all(gradients is None for gradients in pulled):
+        raise UnsupportedOperationError(
+            f"{derived.roots[0]}: a tensor made from it has a gradient that does not lead back to it. Freeze the "
+            "parameter or set strategy='loop'."
+        )
     for name, gradients in zip(derived.roots, pulled, strict=True):
         if gradients is not None:
             yield name, Materialized(gradients)

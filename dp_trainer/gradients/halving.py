@@ -26,9 +26,13 @@ class Halving:
 
     Guarantee: an attempt that runs out of memory counts for nothing; the next
     one sees the same samples, each once, in smaller micro-batches.
+
+    Args:
+        allowed: Off where ranks have to make equally many forward passes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, allowed: bool = True) -> None:
+        self.allowed = allowed
         self._times = 0
 
     def run(
@@ -49,6 +53,12 @@ class Halving:
             except RuntimeError as error:
                 largest = max((micro_batch_size(m) for m in micro_batches), default=0)
                 if not _is_out_of_memory(error) or largest <= 2**self._times:
+                    raise
+                if not self.allowed:
+                    logger.warning(
+                        "Out of memory: ranks of a sharded model must stay in step, so one of them cannot go on with "
+                        "smaller micro-batches. Lower per_device_train_batch_size or micro_batch_tokens."
+                    )
                     raise
             # Outside the handler: its traceback would keep the failed attempt's tensors alive.
             self._times += 1

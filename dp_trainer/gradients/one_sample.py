@@ -26,6 +26,7 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
+from dp_trainer.gradients.sharding import gradients_of_equal_losses, is_sharded, whole
 from dp_trainer.privacy.clipping import ClippingFunction
 
 
@@ -42,9 +43,10 @@ def loop(
     for gradients, part in _each_sample(model, micro_batch, per_sample_loss, clipping):
         parts.append(part)
         if torch.isfinite(part.norms).all():
+            factor = float(part.factors)
             for name, gradient in gradients.items():
                 gradient = gradient.to(accumulation_dtype(gradient))
-                contribution = gradient * part.factors.to(gradient.dtype)
+                contribution = gradient * factor
                 totals[name] = totals[name] + contribution if name in totals else contribution
     return joined(parts)
 
@@ -87,13 +89,15 @@ def _gradients(
     model: nn.Module, sample: MicroBatch, per_sample_loss: PerSampleLoss
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One sample's gradients by name, its loss (1,) and its norm (1,)."""
-    parameters = trainable_parameters(model)
+    parameters, sharded = trainable_parameters(model), is_sharded(model)
     losses_B = checked_losses(per_sample_loss(model, sample), 1)
-    gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
-    if losses_B.requires_grad:
+    used: dict[str, Tensor] = {}
+    if sharded:
+        used = gradients_of_equal_losses(parameters, losses_B.sum())
+    elif losses_B.requires_grad:
         gradients = torch.autograd.grad(losses_B.sum(), list(parameters.values()), allow_unused=True)
-    used = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-    lengths = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g)) for g in used.values()]
+        used = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
+    lengths = [whole(torch.linalg.vector_norm(g, dtype=accumulation_dtype(g))) for g in used.values()]
     squares_B = losses_B.detach().new_zeros(1, dtype=accumulation_dtype(losses_B))
     for length in lengths:
         squares_B = squares_B + length.square()

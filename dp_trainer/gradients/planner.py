@@ -30,6 +30,7 @@ from dp_trainer.gradients.forms import (
 )
 from dp_trainer.gradients.measures import GramCache
 from dp_trainer.gradients.parts import full_precision
+from dp_trainer.gradients.sharding import is_sharded
 
 # What touching one element of a built gradient costs, in multiplications of a matrix product: it is written
 # once and read twice. Measured on two CPUs: building wins from T ≈ 180 at P = D = 768.
@@ -144,9 +145,13 @@ def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
     Long samples keep a CPU busy one by one. Gradient checkpointing asks to save
     memory, and keeping every layer's inputs and gradients would undo it.
 
+    A sharded model has one way: the others need the gradients of whole parameters.
+
     Only these two: what ``two_pass`` adds is rounded once more, by the model's own
     precision, so it is for those who ask for it and have it certified.
     """
+    if is_sharded(model):
+        return "book_keeping"
     positions = _positions(micro_batch)
     if micro_batch_size(micro_batch) > 1:
         on_cpu = next(model.parameters()).device.type == "cpu"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.gradients.book_keeping import book_keeping
+from dp_trainer.gradients.book_keeping import book_keeping, fill_in
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.one_sample import direct, loop
@@ -62,6 +62,7 @@ def clipped_gradient_sum(
     clipping: ClippingFunction,
     strategy: str = "automatic",
     verified: set[Use] | None = None,
+    fillers: Iterable[MicroBatch] = (),
 ) -> ClippedGradientSum:
     """Computes every sample's gradient norm and the sum of the clipped gradients.
 
@@ -79,6 +80,8 @@ def clipped_gradient_sum(
             apart; a micro-batch with another use is checked before it counts, and
             its uses are added. Where a model has its samples may depend on the
             sizes and values of a batch.
+        fillers: Micro-batches that are computed and count for nothing: they keep the ranks of a sharded
+            model in step, where others have more micro-batches.
 
     Returns:
         Norms, factors, losses and the clipped sum, samples in the order given.
@@ -98,6 +101,8 @@ def clipped_gradient_sum(
         STRATEGIES[strategy](model, micro_batch, per_sample_loss, clipping, totals, verified)
         for micro_batch in micro_batches
     ]
+    for micro_batch in fillers:
+        fill_in(model, micro_batch, per_sample_loss, totals, verified)
     empty = torch.zeros(0, device=next(iter(parameters.values())).device)
     return ClippedGradientSum(
         norms=torch.cat([part.norms for part in parts]) if parts else empty,

@@ -1,0 +1,171 @@
+"""Models whose parameters are spread over ranks by FSDP2 (``torch.distributed.fsdp.fully_shard``).
+
+Such a model holds a shard of each parameter. Before a block runs, the whole
+parameter is gathered into another tensor, and freed afterwards; the capture is
+told of those tensors as they come. What FSDP does with gradients of the backward
+pass does not happen, as the capture leaves none: each clipped sum is reduced
+here, one parameter at a time, so no rank ever holds more than its shard of it.
+
+All ranks take part in every forward and backward pass and every reduction, each
+with samples of its own: they must see equally many micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from dp_trainer.errors import UnsupportedOperationError
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether the model's parameters are spread over ranks by FSDP2.
+
+    Raises:
+        UnsupportedOperationError: If they are spread by something else.
+    """
+    if isinstance(model, FSDPModule):
+        return True
+    spread = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+    if spread is not None:
+        raise UnsupportedOperationError(
+            f"{spread}: this parameter is spread over ranks, but not by FSDP2 around the whole model. Tensor and "
+            "context parallelism split samples or parameters in ways without a rule; use FSDP2 (fsdp_version: 2)."
+        )
+    return False
+
+
+@contextlib.contextmanager
+def gathered_parameters(model: nn.Module, learn: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While inside, tells of each whole parameter, by its name in the sharded model, before a block uses it."""
+    names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
+    canonical = {
+        alias: names[id(p)] for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in names
+    }
+    handles = []
+    for path, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        prefix = f"{path}." if path else ""
+
+        def tell(module: nn.Module, _args: Any, prefix: str = prefix) -> None:
+            for name, parameter in module.named_parameters():
+                if not isinstance(parameter, DTensor):
+                    learn(canonical[prefix + name], parameter)
+
+        # FSDP's own hook, which gathers, runs first: it was put before all others.
+        handles.append(nn.Module.register_forward_pre_hook(module, tell))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_within_block(names: Sequence[str], tensor: Tensor) -> None:
+    """Raises if a tensor made from parameters was handed from one block to another, as T5's position bias is.
+
+    The way back from it passes FSDP's own steps, which free what the present block still needs.
+
+    Raises:
+        UnsupportedOperationError: Naming the parameter.
+    """
+    seen, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            raise UnsupportedOperationError(
+                f"{names[0]}: what is made from it in one block of FSDP is used in another one, and its gradient "
+                "cannot be followed through FSDP. Freeze it, or train without sharding."
+            )
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+
+
+def reduced_to_shards(whole: Tensor, name: str, parameter: Tensor) -> DTensor:
+    """Returns the sum of all ranks' tensors, spread as the parameter is; a collective call.
+
+    Raises:
+        UnsupportedOperationError: If the parameter is not spread over ranks.
+    """
+    if not isinstance(parameter, DTensor):
+        raise UnsupportedOperationError(
+            f"{name}: this trainable parameter is left out of FSDP2's sharding, so its sum has no rule. Freeze it, "
+            "or remove it from ignored_modules."
+        )
+    mesh = parameter.device_mesh
+    addends = DTensor.from_local(whole, mesh, [Partial()] * mesh.ndim, run_check=False)
+    return addends.redistribute(mesh, parameter.placements)
+
+
+def gradients_of_equal_losses(parameters: Mapping[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    """Returns the gradients of a loss that all ranks share, by plain autograd and FSDP's own reduction.
+
+    FSDP averages over ranks, which gives the gradient of one where all are equal.
+
+    Raises:
+        UnsupportedOperationError: If the ranks' losses differ.
+    """
+    value = loss.detach().double()
+    bounds = torch.stack([value, -value])
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    if not torch.equal(bounds[0], -bounds[1]) and not torch.isnan(bounds).any():
+        raise UnsupportedOperationError(
+            "One sample at a time needs the same sample on every rank of a sharded model. Set "
+            "strategy='automatic' or 'book_keeping'."
+        )
+    kept = {name: p.grad for name, p in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = kept[name]
+
+
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on some rank; a collective call."""
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that is spread over ranks, all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that is spread over ranks, this rank's part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def equal_on_replicas_(shard: DTensor) -> None:
+    """Gives all replicas of a shard the values of the first one, in place; with hybrid sharding only."""
+    mesh, values = shard.device_mesh, shard.to_local()
+    for axis, placement in enumerate(shard.placements):
+        if isinstance(placement, Replicate) and mesh.size(axis) > 1:
+            group = mesh.get_group(axis)
+            dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+
+
+def is_first_replica(shard: DTensor) -> bool:
+    """Whether this rank's part of the tensor is the one that its replicas copy."""
+    coordinate = shard.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(
+        place == 0
+        for place, placement in zip(coordinate, shard.placements, strict=True)
+        if isinstance(placement, Replicate)
+    )
