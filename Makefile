@@ -12,6 +12,8 @@ JOBS   ?= 2
 ROUNDS ?= 3 2
 SCALING_ROUNDS ?= 7
 RUN_ROUNDS ?= 3
+# How often test-kills kills a run.
+KILLS ?= 50
 # Folders for bench-throughput; SST2_DATA may be a hub name.
 GPT2_TOKENIZER    ?=
 ROBERTA_TOKENIZER ?=
@@ -30,7 +32,7 @@ TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint format zoo adapters precision bench bench-scaling bench-overhead bench-throughput clean
+.PHONY: help quickstart test test-slow test-kills test-distributed lint format zoo adapters precision bench bench-scaling bench-overhead bench-throughput clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -43,6 +45,12 @@ test: $(DEV)  ## Run the tests, but for the slow ones
 
 test-slow: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-kills: $(DEV)  ## Kill runs 50 times with SIGKILL and resume them; writes docs/faults.md (KILLS=… for more)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore -m faults --kills $(KILLS) --write docs/faults.md
+
+test-distributed: $(DEV)  ## Run all tests with two and three processes (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/distributed
 
 lint: $(DEV)  ## Check format, style and types
 	$(BIN)/ruff format --check

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         DPTrainerError,
         PrivacyBudgetError,
+        RunFaultError,
         UnsupportedOperationError,
     )
     from dp_trainer.gradients.certificate import Certificate, certify
@@ -42,6 +43,7 @@ _HOMES = {
     "NormalizingClipping": "dp_trainer.privacy.clipping",
     "PrivacyArguments": "dp_trainer.arguments",
     "PrivacyBudgetError": "dp_trainer.errors",
+    "RunFaultError": "dp_trainer.errors",
     "UnsupportedOperationError": "dp_trainer.errors",
     "certify": "dp_trainer.gradients.certificate",
     "clipped_gradient_sum": "dp_trainer.gradients.strategies",
@@ -64,6 +66,7 @@ __all__ = [
     "NormalizingClipping",
     "PrivacyArguments",
     "PrivacyBudgetError",
+    "RunFaultError",
     "UnsupportedOperationError",
     "certify",
     "clipped_gradient_sum",

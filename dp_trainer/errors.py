@@ -7,7 +7,8 @@
         ├── ConfigurationError          a setting or an input is wrong (also a ValueError)
         ├── UnsupportedOperationError   a model or feature has no exact, private form here
         ├── CertificateError            a measured gradient disagrees with its slow twin
-        └── PrivacyBudgetError          the step or the run would exceed its budget
+        ├── PrivacyBudgetError          the step or the run would exceed its budget
+        └── RunFaultError               the machine failed: a full disk, a dead worker (also a RuntimeError)
 
 Each message names the place, the fact and the way out.
 """
@@ -31,3 +32,7 @@ class CertificateError(DPTrainerError):
 
 class PrivacyBudgetError(DPTrainerError):
     """Going on would spend more privacy than the run was given."""
+
+
+class RunFaultError(DPTrainerError, RuntimeError):
+    """The machine failed the run; what was saved before is intact, and what was spent is counted."""

@@ -17,13 +17,13 @@ from dp_trainer.privacy.statement import PrivacyStatement
 
 RECORD_NAME = "privacy_record.json"
 STATEMENT_NAME = "privacy_statement"
-_TRAINER_STATE_NAME = "trainer_state.json"
+TRAINER_STATE_NAME = "trainer_state.json"
 
 
 def save(folder: Path, accountant: PrivacyAccountant) -> None:
     """Writes the accountant's record into a checkpoint folder, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / RECORD_NAME, json.dumps(accountant.state_dict(), indent=2))
+    write(folder / RECORD_NAME, json.dumps(accountant.state_dict(), indent=2))
 
 
 def load(folder: Path, accountant: PrivacyAccountant) -> None:
@@ -38,8 +38,8 @@ def load(folder: Path, accountant: PrivacyAccountant) -> None:
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{folder}: no such checkpoint folder.")
-    record = _read(folder / RECORD_NAME)
-    weights_seen = (_read(folder / _TRAINER_STATE_NAME) or {}).get("global_step")
+    record = read_json(folder / RECORD_NAME)
+    weights_seen = (read_json(folder / TRAINER_STATE_NAME) or {}).get("global_step")
     counted = (record or {}).get("steps_spent")
     if record is not None and weights_seen != counted:
         raise ConfigurationError(
@@ -52,11 +52,11 @@ def load(folder: Path, accountant: PrivacyAccountant) -> None:
 def save_statement(folder: Path, statement: PrivacyStatement) -> None:
     """Writes the statement as JSON and as a page of Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / f"{STATEMENT_NAME}.json", statement.to_json())
-    _write(folder / f"{STATEMENT_NAME}.md", statement.to_prose())
+    write(folder / f"{STATEMENT_NAME}.json", statement.to_json())
+    write(folder / f"{STATEMENT_NAME}.md", statement.to_prose())
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """The file's JSON object; None where there is no file."""
     if not path.is_file():
         return None
@@ -71,7 +71,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Replaces the file in one step, so that a crash leaves the old one or the new one."""
     temporary = path.with_name(f".{path.name}.partial")
     with temporary.open("w", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -25,6 +26,7 @@ _FIXED_ARGUMENTS: dict[str, tuple[Any, str]] = {
     "gradient_accumulation_steps": (1, "one logical batch is one step; micro-batches are cut inside it"),
     "max_grad_norm": (0.0, "each sample is clipped already; clipping the sum would shrink signal, not noise"),
     "average_tokens_across_devices": (False, "each sample's loss is averaged over its own tokens"),
+    "enable_jit_checkpoint": (False, "SIGTERM saves a checkpoint anyway, and never in the middle of a step"),
 }
 _STEPPING_IN_BACKWARD = ("lomo", "adalomo")
 
@@ -127,8 +129,7 @@ def refuse_unsupported_backend(accelerator: Any) -> None:
             "FSDP 1 flattens parameters together, so that no per-sample gradient can be told apart. Set "
             "fsdp_version: 2."
         )
-    offload = getattr(plugin, "cpu_offload", None)
-    if kind == "FSDP" and getattr(offload, "offload_params", bool(offload)):
+    if kind == "FSDP" and isinstance(getattr(plugin, "cpu_offload", None), CPUOffloadPolicy):
         raise UnsupportedOperationError(
             "FSDP with parameters offloaded to the CPU: noised sums lie on the device. Set "
             "fsdp_offload_params: false."

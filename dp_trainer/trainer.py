@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, seed_worker
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from dp_trainer import records
+from dp_trainer import checkpoints, records, workers
 from dp_trainer.arguments import PrivacyArguments
 from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, column_lengths, spread_by_length
 from dp_trainer.distributed import Ranks, sampler_of
@@ -33,6 +33,7 @@ from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.sharding import is_sharded
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, inside, per_sample_loss_for
+from dp_trainer.preemption import saves_on_sigterm
 from dp_trainer.privacy.accountant import PrivacyAccountant
 from dp_trainer.privacy.plan import PrivacyPlan, make_plan
 from dp_trainer.privacy.sampling import steps_per_epoch
@@ -64,7 +65,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
     was prepared sample by sample. Logs, evaluation results and model selection are outside it.
 
     Everything not listed works as in ``Trainer``. The expected logical batch size is
-    ``per_device_train_batch_size × gradient_accumulation_steps``, unless
+    ``per_device_train_batch_size × gradient_accumulation_steps × processes``, unless
     ``privacy.expected_batch_size`` says it; ``per_device_train_batch_size`` is the micro-batch.
 
     Args:
@@ -169,9 +170,9 @@ class DPTrainer(Trainer):  # type: ignore[misc]
                 "train_dataset has no length, and the sampling probability needs one. Use a map-style dataset, "
                 "for instance datasets.Dataset.from_generator(...)."
             )
-        stated = self.args.per_device_train_batch_size * self._accumulation * self.args.world_size
-        batch = self.privacy.expected_batch_size or stated
         rows = len(self.train_dataset)
+        stated = self.args.train_batch_size * self._accumulation * self.args.world_size
+        batch = self.privacy.expected_batch_size or stated
         # A stated public size also decides the number of steps, which would else show the true one.
         size = self.privacy.dataset_size or rows
         steps = self._steps_wanted
@@ -190,28 +191,29 @@ class DPTrainer(Trainer):  # type: ignore[misc]
     ) -> TrainOutput:
         """Trains; as ``Trainer.train``.
 
-        A resumed run continues the count of its checkpoint exactly and draws fresh keys.
+        A resumed run continues the count of its checkpoint exactly and draws fresh keys; True means the newest
+        complete checkpoint. SIGTERM saves one after the step under way and exits with 143.
 
         Raises:
-            ConfigurationError: If the checkpoint's privacy record is missing, damaged or of another plan.
+            ConfigurationError: If the checkpoint is incomplete, damaged or of another plan.
             PrivacyBudgetError: If the budget is spent already.
+            RunFaultError: If a checkpoint cannot be written, or a DataLoader worker died.
         """
         # The Trainer sets a trial's arguments later; get_train_dataloader then plans it afresh.
         self._new_trial = trial is not None
         accountant = self.accountant
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)
-            if checkpoint is None:
-                raise ConfigurationError(f"{self.args.output_dir} has no checkpoint to resume from.")
+        checkpoint = checkpoints.to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._ranks.check_same({"the checkpoint to resume from": str(checkpoint)})
         if checkpoint is not None:
-            records.load(Path(str(checkpoint)), accountant)
+            records.load(checkpoint, accountant)
         if accountant.steps_spent >= self.plan.steps and trial is None:
+            where = f" Its weights are in {checkpoint}." if checkpoint else ""
             raise PrivacyBudgetError(
-                f"All {self.plan.steps} steps of this run's budget are spent (ε = {accountant.epsilon:.3f}). "
+                f"All {self.plan.steps} steps of this run's budget are spent (ε = {accountant.epsilon:.3f}).{where} "
                 "A further run on the same data needs a new DPTrainer, and its ε adds to this one."
             )
-        return super().train(checkpoint, trial, ignore_keys_for_eval)
+        with saves_on_sigterm(self):
+            return super().train(checkpoint and str(checkpoint), trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A DataLoader with one logical batch per item."""
@@ -222,7 +224,6 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         dataset, collator = self._training_data()
         self._ranks.check_same({"the dataset's length": len(dataset), "the privacy plan": plan.describe()})
         lengths = column_lengths(dataset) if self._ranks.size > 1 else None
-        workers = self.args.dataloader_num_workers
         return DataLoader(
             dataset,
             batch_sampler=sampler_of(plan, len(dataset), self._ranks, lengths),
@@ -231,18 +232,19 @@ class DPTrainer(Trainer):  # type: ignore[misc]
                 samples_per_micro_batch=self.args.per_device_train_batch_size,
                 tokens_per_micro_batch=self.privacy.micro_batch_tokens,
             ),
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            worker_init_fn=functools.partial(seed_worker, num_workers=workers, rank=self.args.process_index),
+            worker_init_fn=functools.partial(workers.start_worker, rank=self.args.process_index),
         )
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[LogicalBatch], None]:
         """The next logical batch; target counts of the batch are left out, since they would couple samples."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with workers.explained(steps_spent=self.accountant.steps_spent, step=self.state.global_step):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -264,7 +266,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimizers
         module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-        # The ranks of a sharded model must make equally many forward passes.
+        # Ranks of a sharded model must make equally many forward passes.
         sharded, count = is_sharded(module), len(inputs.micro_batches)
         fillers = (
             [self._collated([self.train_dataset[0]])] * (self._ranks.most(count) - count) if sharded else []
@@ -304,11 +306,11 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the accountant's record first, so that no complete checkpoint lacks it."""
+        """Saves a checkpoint that is complete or known not to be, the accountant's record in it."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            records.save(folder, self.accountant)
-        super()._save_checkpoint(model, trial)
+        wait = self.accelerator.wait_for_everyone
+        with checkpoints.saving(folder, self.args, self.state, self.accountant, wait=wait):
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and beside it the privacy statement of its weights."""
@@ -375,15 +377,14 @@ class DPTrainer(Trainer):  # type: ignore[misc]
 
     def _collated(self, samples: Sequence[Any]) -> MicroBatch:
         """Samples of the training set as one micro-batch."""
-        _, collator = self._training_data()
+        collator = self._training_data()[1]
         collate = LogicalBatchCollator(data_collator=collator, samples_per_micro_batch=len(samples))
         return collate(samples).micro_batches[0]
 
     def _certify(self, model: nn.Module) -> Certificate:
         """Compares losses and gradients with their slow twins on a few real samples."""
-        dataset, _ = self._training_data()
-        pool = [dataset[index] for index in range(min(len(dataset), _CERTIFICATE_POOL))]
-        chosen = spread_by_length(pool, self.privacy.certificate_samples)
+        rows = range(min(len(self.train_dataset), _CERTIFICATE_POOL))
+        chosen = spread_by_length([self.train_dataset[row] for row in rows], self.privacy.certificate_samples)
         micro_batch = self._prepare_inputs(self._collated(chosen))
         head_loss = self._head_loss()
         if isinstance(head_loss, HeadLoss):

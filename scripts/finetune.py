@@ -56,13 +56,19 @@ def main(argv: list[str]) -> None:
         print_before(task, model, splits, trainer.plan if run.private else "ordinary training: no privacy")
 
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=wanted_checkpoint(training))
     seconds = time.perf_counter() - start
 
     evaluations = evaluate(trainer, task, splits)
     trainer.save_model(str(Path(training.output_dir) / "model"))
     if trainer.is_world_process_zero():
         report(trainer, task, splits, run, evaluations, seconds)
+
+
+def wanted_checkpoint(training: TrainingArguments) -> str | bool | None:
+    """The checkpoint to go on from; ``true`` arrives as text and means the newest complete one."""
+    wanted: str | None = training.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(wanted).lower(), wanted)
 
 
 def refuse_unfit(run: RunArguments, training: TrainingArguments) -> None:

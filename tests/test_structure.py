@@ -27,7 +27,10 @@ CAPTURE = (
 )
 ENGINE = (*CAPTURE, *SAMPLES, "gradients.*", "privacy.clipping")
 RELEASE = (*ENGINE, *NUMBERS, "release", "distributed")
-TRAINER = (*RELEASE, "batch_norm", "arguments", "records", "refusals", "trainer")
+TRAINER = (
+    *(*RELEASE, "batch_norm", "arguments", "records", "checkpoints", "workers", "preemption", "refusals"),
+    "trainer",
+)
 MAY_IMPORT = {
     "__init__": ("*",),  # for type checkers only; a test below holds it to loading nothing
     "errors": (),
@@ -66,7 +69,10 @@ MAY_IMPORT = {
     "gradients.independence": ENGINE,
     "release": RELEASE,
     "distributed": RELEASE,
-    "records": TRAINER,
+    "records": NUMBERS,
+    "checkpoints": (*NUMBERS, "records"),
+    "workers": ("errors",),
+    "preemption": ("errors",),
     "refusals": TRAINER,
     "trainer": TRAINER,
     "optim": ("errors",),
@@ -84,7 +90,7 @@ ONLY_IN = {
     "opacus": ("privacy.accounting",),
     "datasets": ("tasks.*",),
     "peft": ("tasks.*",),
-    "transformers": ("heads", "losses", "gradients.*", "trainer", "records", "refusals", "distributed", "optim.*", "tasks.*"),
+    "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "distributed", "optim.*", "tasks.*"),
 }  # fmt: skip
 
 

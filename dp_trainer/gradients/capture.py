@@ -33,7 +33,7 @@ from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
-from dp_trainer.gradients.sharding import check_within_block, gathered_parameters
+from dp_trainer.gradients.sharding import check_within_block, gathered_parameters, put_to_rest
 from dp_trainer.gradients.slots import SlottedOuterProduct, join
 
 # What asks a tensor about itself: most calls in a forward pass, and none holds values.
@@ -185,6 +185,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     Raises:
         UnsupportedOperationError: If a parameter is used in a way without a rule.
     """
+    put_to_rest(model)
     tensors = dict(model.named_parameters())
     parameters = {name: p for name, p in tensors.items() if p.requires_grad}
     for name, parameter in parameters.items():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dp_trainer.batches import select, split_micro_batch
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.independence import check_independence, repeatable
-from dp_trainer.gradients.sharding import is_sharded, local, whole
+from dp_trainer.gradients.sharding import is_sharded, local, put_to_rest, whole
 from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
     MicroBatch,
@@ -130,6 +130,7 @@ def certify(
     if strategy == "automatic":
         # Long samples, or one alone, may take the reference's way, and show nothing of what shorter ones take.
         strategy = "book_keeping"
+    put_to_rest(model)
     tolerance = _tolerance(model, computation_dtype)
     settings = (per_sample_loss, clipping, strategy, tolerance)
     with repeatable(model):

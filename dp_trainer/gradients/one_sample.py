@@ -26,7 +26,7 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
-from dp_trainer.gradients.sharding import gradients_of_equal_losses, is_sharded, whole
+from dp_trainer.gradients.sharding import gradients_of_equal_losses, is_sharded, put_to_rest, whole
 from dp_trainer.privacy.clipping import ClippingFunction
 
 
@@ -89,6 +89,7 @@ def _gradients(
     model: nn.Module, sample: MicroBatch, per_sample_loss: PerSampleLoss
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """One sample's gradients by name, its loss (1,) and its norm (1,)."""
+    put_to_rest(model)
     parameters, sharded = trainable_parameters(model), is_sharded(model)
     losses_B = checked_losses(per_sample_loss(model, sample), 1)
     used: dict[str, Tensor] = {}

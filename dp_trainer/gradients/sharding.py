@@ -42,6 +42,16 @@ def is_sharded(model: nn.Module) -> bool:
     return False
 
 
+def put_to_rest(model: nn.Module) -> None:
+    """Frees what a forward pass without a backward pass, as an evaluation is, left gathered.
+
+    Else ``named_parameters`` would give whole parameters, and gradients would be put where no optimizer looks.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextlib.contextmanager
 def gathered_parameters(model: nn.Module, learn: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While inside, tells of each whole parameter, by its name in the sharded model, before a block uses it."""

@@ -18,6 +18,7 @@ from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.one_sample import direct, loop
 from dp_trainer.gradients.parts import MicroBatch, Part, PerSampleLoss, Strategy, trainable_parameters
 from dp_trainer.gradients.planner import choose_strategy
+from dp_trainer.gradients.sharding import put_to_rest
 from dp_trainer.gradients.two_pass import two_pass
 from dp_trainer.privacy.clipping import ClippingFunction
 
@@ -93,6 +94,7 @@ def clipped_gradient_sum(
     """
     if strategy not in STRATEGIES:
         raise ConfigurationError(f"strategy={strategy!r} is unknown; choose from {', '.join(STRATEGIES)}.")
+    put_to_rest(model)
     parameters = trainable_parameters(model)
     if not parameters:
         raise ConfigurationError("The model has no trainable parameter: all have requires_grad=False.")

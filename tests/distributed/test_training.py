@@ -1,0 +1,128 @@
+"""Whole runs of ``DPTrainer`` on several processes: equal to one, resumed on another number, and when a rank fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed.launch import launch
+
+# Full batches without noise: then runs can be compared to the last digits.
+EXACT = {"sampling": "full_batch", "expected_batch_size": None}
+
+
+def train(folder: Path, name: str, *, processes: int, code: int | None = 0, **settings):
+    """Runs ``train.py``; returns what it found, its weights, and how it ended."""
+    result = folder / f"{name}.json"
+    file = folder / f"{name}-settings.json"
+    output_dir = str(settings.pop("output_dir", folder / name))
+    file.write_text(json.dumps({"output_dir": output_dir, "result": str(result), **settings}))
+    ended = launch("train.py", str(file), processes=processes, timeout=240)
+    assert code is None or (ended.code == 0) == (code == 0), ended.output[-3000:]
+    if not result.is_file():
+        return None, None, ended
+    return json.loads(result.read_text()), torch.load(result.with_suffix(".pt")), ended
+
+
+def distance(first, second):
+    return max(float((first[name] - second[name]).abs().max()) for name in second)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run on one process."""
+    return train(tmp_path_factory.mktemp("alone"), "alone", processes=1, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharded"),
+    [
+        (2, False),
+        (2, True),
+        pytest.param(3, False, marks=pytest.mark.slow),
+        pytest.param(3, True, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_and_epsilon_are_those_of_one_process(alone, processes, sharded, tmp_path):
+    expected, weights, _ = alone
+    found, own, _ = train(tmp_path, "run", processes=processes, sharded=sharded, **EXACT)
+    assert distance(own, weights) < 1e-6
+    assert found["epsilon"] == expected["epsilon"]
+    assert found["steps_spent"] == expected["steps_spent"] == 4
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert found["type"].startswith("FSDP") == sharded
+    assert found["local share"] == pytest.approx(1 / processes if sharded else 1, rel=0.1)
+
+
+@pytest.mark.slow
+def test_epsilon_with_poisson_draws_and_noise(tmp_path):
+    settings = {"noise_multiplier": 1.0, "steps": 3}
+    one, weights, _ = train(tmp_path, "one", processes=1, **settings)
+    two, others, _ = train(tmp_path, "two", processes=2, **settings)
+    assert one["epsilon"] == two["epsilon"] > 0
+    assert distance(weights, others) > 1e-4, "fresh noise on every run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_run_goes_on_with_another_number_of_processes(alone, processes, sharded, tmp_path):
+    """From two: the count goes on, and the weights end where one uninterrupted process's do."""
+    if sharded and processes == 1:
+        pytest.skip("one process does not shard")
+    _, weights, _ = alone
+    folder = tmp_path / "two"
+    train(tmp_path, "two", processes=2, sharded=sharded, **EXACT)
+    found, own, _ = train(
+        tmp_path, "more", processes=processes, sharded=sharded, output_dir=folder,
+        resume=str(folder / "checkpoint-2"), **EXACT,
+    )  # fmt: skip
+    assert found["steps_spent"] == found["global_step"] == 4
+    assert distance(own, weights) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("fault", ["a rank raises", "a rank dies"])
+def test_when_a_rank_fails_the_others_stop(fault, sharded, tmp_path):
+    found, _, ended = train(tmp_path, "run", processes=2, code=1, sharded=sharded, fault=fault, **EXACT)
+    assert found is None
+    assert ended.code == 1
+    assert ended.seconds < 120
+    assert ("planted" if fault == "a rank raises" else "Signal 9") in ended.output
+    assert (tmp_path / "run" / "checkpoint-2" / "privacy_record.json").is_file() or not list(
+        (tmp_path / "run").glob("checkpoint-*")
+    )
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path):
+    found, _, ended = train(
+        tmp_path, "run", processes=2, code=1, fault="a rank gets SIGTERM", save_steps=100, **EXACT
+    )
+    assert found is None
+    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved in (["checkpoint-2"], ["checkpoint-3"])
+    record = json.loads((tmp_path / "run" / saved[0] / "privacy_record.json").read_text())
+    assert record["steps_spent"] == int(saved[0].removeprefix("checkpoint-"))
+    assert "SIGTERM" in ended.output or "143" in ended.output
+
+
+@pytest.mark.slow
+def test_out_of_memory_on_one_rank_changes_nothing(alone, tmp_path):
+    _, weights, _ = alone
+    found, own, _ = train(tmp_path, "run", processes=2, fault="out of memory on one rank", **EXACT)
+    assert distance(own, weights) < 1e-6
+    assert found["steps_spent"] == 4
+
+
+@pytest.mark.slow
+def test_ranks_with_different_data_are_refused(tmp_path):
+    found, _, ended = train(
+        tmp_path, "run", processes=2, code=1, fault="ranks have different data", expected_batch_size=20
+    )
+    assert found is None
+    assert "The ranks of this run disagree" in ended.output
