@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from dp_trainer.batches import column_lengths
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.gradients.sharding import equal_on_replicas_, is_first_replica
 from dp_trainer.privacy.noise import NoiseGenerator
@@ -44,6 +47,8 @@ from dp_trainer.privacy.sampling import (
 
 # Entries reduced at a time: enough for full bandwidth, little beside the gradients themselves.
 _BUCKET = 2**24
+# At so many places the ranks' datasets are compared.
+_ROWS_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,41 @@ class Ranks:
                 f"The ranks of this run disagree; rank {self.rank} has {values}. Build the same dataset, model and "
                 "settings on every rank; each rank takes its share of every draw by itself."
             )
+
+    def check_run(self, model: nn.Module, dataset: Any, plan: PrivacyPlan) -> list[int] | None:
+        """Raises unless all ranks would train the same parameters on the same samples under the same plan.
+
+        Samples are compared at up to 64 places. Ranks that number them differently would draw
+        some of them twice, which doubles what one sample contributes.
+
+        Returns:
+            The samples' lengths where a table knows them.
+
+        Raises:
+            ConfigurationError: Naming what differs.
+        """
+        if self.size == 1:
+            return None
+        lengths = column_lengths(dataset)
+        step = max(1, len(dataset) // _ROWS_COMPARED)
+        places = [*range(0, len(dataset), step), len(dataset) - 1]
+        trainable = [(n, str(tuple(p.shape))) for n, p in model.named_parameters() if p.requires_grad]
+        self.check_same({
+            "the dataset's length": len(dataset),
+            "the privacy plan": plan.describe(),
+            "the trainable parameters": trainable,
+            "the samples' lengths": lengths,
+            "the samples and their order": [_digest_of_row(dataset, place) for place in places],
+        })  # fmt: skip
+        return lengths
+
+    def from_first(self, micro_batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns the first rank's micro-batch, on the CPU as a collator makes it."""
+        if self.size == 1:
+            return micro_batch
+        sent = [micro_batch]
+        dist.broadcast_object_list(sent, src=0, device=self.device)
+        return sent[0]
 
     def most(self, count: int) -> int:
         """Returns the largest of the ranks' counts."""
@@ -185,8 +225,23 @@ def _buckets(sums: Sequence[tuple[str, Tensor]]) -> Iterator[list[str]]:
 
 
 def _digest(value: Any) -> int:
-    text = json.dumps(value, sort_keys=True, default=str)
+    # Processors round calibrated numbers differently in their last digits.
+    rounded = json.loads(json.dumps(value, default=str), parse_float=lambda digits: f"{float(digits):.9g}")
+    text = json.dumps(rounded, sort_keys=True)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _digest_of_row(dataset: Any, place: int) -> str:
+    """Tells one sample from another; chance that a transform draws is the same on all ranks meanwhile."""
+    kept = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        row = dataset[place]
+    random.setstate(kept[0])
+    np.random.set_state(kept[1])
+    return hashlib.sha256(pickle.dumps(row)).hexdigest()
 
 
 def sampler_of(plan: PrivacyPlan, rows: int, ranks: Ranks, lengths: Sequence[int] | None) -> Any:
@@ -228,10 +283,19 @@ class RankSampler:
         self.sampler = sampler
         self.ranks = ranks
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._taken = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        for draw in self.sampler:
-            yield self.share(draw)
+        # DataLoaders draw ahead, and an epoch that ends early leaves some ranks further ahead than others. Draws
+        # are passed over, never repeated.
+        for _ in range(self.ranks.most(self._taken) - self._taken):
+            self._draw()
+        for _ in range(len(self.sampler)):
+            yield self.share(self._draw())
+
+    def _draw(self) -> list[int]:
+        self._taken += 1
+        return list(self.sampler.draw())
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from dp_trainer.distributed import Ranks
 
 logger = logging.get_logger(__name__)
 
@@ -40,11 +40,13 @@ def saves_on_sigterm(trainer: Trainer) -> Iterator[None]:
     Raises:
         SystemExit: With 143, after such a checkpoint.
     """
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    args = trainer.args
+    is_main = threading.current_thread() is threading.main_thread()
+    ours = is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    # All processes or none: those that watch ask each other at every step.
+    if _is_set_anywhere(not ours, args):
         yield
         return
-    args = trainer.args
     before = args.save_total_limit, args.load_best_model_at_end
     callback = _SaveAndStop()
     trainer.add_callback(callback)
@@ -78,7 +80,7 @@ class _SaveAndStop(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._asked_anywhere(args):
+        if _is_set_anywhere(self.asked, args):
             self.stopped_at = state.global_step
             control.should_training_stop = control.should_save = True
             # Little time is left, and save_strategy="best" would let the evaluation cancel the save.
@@ -92,10 +94,7 @@ class _SaveAndStop(TrainerCallback):  # type: ignore[misc]
             # At the end of training these would load the best checkpoint, and delete the one just saved.
             args.save_total_limit, args.load_best_model_at_end = None, False
 
-    def _asked_anywhere(self, args: TrainingArguments) -> bool:
-        """Whether any process was asked: one that saves alone would wait for the others forever."""
-        if args.world_size == 1:
-            return self.asked
-        asked = torch.tensor(int(self.asked), device=args.device)
-        distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-        return bool(asked)
+
+def _is_set_anywhere(flag: bool, args: TrainingArguments) -> bool:
+    """Whether the flag is set in any process: one that saved alone would wait for the others forever."""
+    return flag if args.world_size == 1 else Ranks.current(args.device).most(int(flag)) > 0

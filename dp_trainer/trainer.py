@@ -23,14 +23,14 @@ from transformers.utils import logging
 
 from dp_trainer import checkpoints, records, workers
 from dp_trainer.arguments import PrivacyArguments
-from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, column_lengths, spread_by_length
+from dp_trainer.batches import LogicalBatch, LogicalBatchCollator, spread_by_length
 from dp_trainer.distributed import Ranks, sampler_of
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.certificate import LARGEST_EXCESS, Certificate, certify
 from dp_trainer.gradients.halving import Halving
 from dp_trainer.gradients.independence import check_independence, repeatable
-from dp_trainer.gradients.sharding import is_sharded
+from dp_trainer.gradients.sharding import put_to_rest
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, inside, per_sample_loss_for
 from dp_trainer.preemption import saves_on_sigterm
@@ -222,8 +222,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         plan = self.plan
         self.args.max_steps = plan.steps
         dataset, collator = self._training_data()
-        self._ranks.check_same({"the dataset's length": len(dataset), "the privacy plan": plan.describe()})
-        lengths = column_lengths(dataset) if self._ranks.size > 1 else None
+        lengths = self._ranks.check_run(self.model, dataset, plan)
         return DataLoader(
             dataset,
             batch_sampler=sampler_of(plan, len(dataset), self._ranks, lengths),
@@ -267,7 +266,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             self.optimizer.train()  # schedule-free optimizers
         module = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True)
         # Ranks of a sharded model must make equally many forward passes.
-        sharded, count = is_sharded(module), len(inputs.micro_batches)
+        sharded, count = put_to_rest(module), len(inputs.micro_batches)
         fillers = (
             [self._collated([self.train_dataset[0]])] * (self._ranks.most(count) - count) if sharded else []
         )
@@ -385,7 +384,8 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         """Compares losses and gradients with their slow twins on a few real samples."""
         rows = range(min(len(self.train_dataset), _CERTIFICATE_POOL))
         chosen = spread_by_length([self.train_dataset[row] for row in rows], self.privacy.certificate_samples)
-        micro_batch = self._prepare_inputs(self._collated(chosen))
+        # A collator may draw by chance; ranks compare the same samples.
+        micro_batch = self._prepare_inputs(self._ranks.from_first(self._collated(chosen)))
         head_loss = self._head_loss()
         if isinstance(head_loss, HeadLoss):
             with self.compute_loss_context_manager():

@@ -200,7 +200,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     tape = Tape(parameters, batch_size, settle)
     mode = CaptureMode(tape, (*tensors.values(), *model.buffers()))
     try:
-        with recomputation_under(model, mode), gathered_parameters(model, mode.learn), mode:
+        with recomputation_under(model, mode), gathered_parameters(model, mode), mode:
             yield tape
         # While the mode still knows its tensors: a checkpointed chain is recomputed here.
         tape.resolve()
@@ -227,6 +227,7 @@ class CaptureMode(TorchFunctionMode):
     def __init__(self, tape: Tape, tensors: Iterable[Tensor]) -> None:
         super().__init__()
         self.batch_size = tape.batch_size
+        self.looks_away = False
         self._tape = tape
         # By identity, with the tensor kept alive so that its identity stays its own. Only tensors free of
         # sample data are here, so what is kept is small; whatever is not here is taken for sample data.
@@ -248,7 +249,7 @@ class CaptureMode(TorchFunctionMode):
     ) -> Any:
         """Sorts a call: untouched, of parameters and constants alone, or by rule."""
         kwargs = kwargs or {}
-        if func in _QUESTIONS:
+        if func in _QUESTIONS or self.looks_away:
             return func(*args, **kwargs)
         rooted: list[Derived] = []
         has_data = self._sort(func, args, rooted)

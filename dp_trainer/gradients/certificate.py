@@ -28,7 +28,7 @@ from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
     MicroBatch,
     PerSampleLoss,
-    clipped_gradient_sum,
+    unchecked_sum,
 )
 from dp_trainer.privacy.clipping import ClippingFunction, FlatClipping
 
@@ -280,7 +280,7 @@ def _run(
     strategy: str,
 ) -> ClippedGradientSum:
     torch.manual_seed(0)
-    result = clipped_gradient_sum(
+    result = unchecked_sum(
         model, micro_batches, per_sample_loss=per_sample_loss, clipping=clipping, strategy=strategy
     )
     if not is_sharded(model) or strategy in ("loop", "direct"):

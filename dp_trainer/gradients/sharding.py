@@ -13,8 +13,8 @@ with samples of its own: they must see equally many micro-batches.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -42,36 +42,63 @@ def is_sharded(model: nn.Module) -> bool:
     return False
 
 
-def put_to_rest(model: nn.Module) -> None:
+def put_to_rest(model: nn.Module) -> bool:
     """Frees what a forward pass without a backward pass, as an evaluation is, left gathered.
 
     Else ``named_parameters`` would give whole parameters, and gradients would be put where no optimizer looks.
+
+    Returns:
+        Whether the model is sharded; as ``is_sharded``.
     """
-    for module in model.modules():
+    sharded = is_sharded(model)
+    for module in model.modules() if sharded else ():
         if isinstance(module, FSDPModule):
             module.reshard()
+    return sharded
+
+
+class Learner(Protocol):
+    """What is told of whole parameters: the capture."""
+
+    looks_away: bool
+    """Whether torch calls pass unseen. FSDP's own would be taken for constants, and their buffers kept."""
+
+    def learn(self, name: str, parameter: Tensor) -> None:
+        """Takes a tensor for the parameter of that name."""
 
 
 @contextlib.contextmanager
-def gathered_parameters(model: nn.Module, learn: Callable[[str, Tensor], None]) -> Iterator[None]:
+def gathered_parameters(model: nn.Module, learner: Learner) -> Iterator[None]:
     """While inside, tells of each whole parameter, by its name in the sharded model, before a block uses it."""
     names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
     canonical = {
         alias: names[id(p)] for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in names
     }
     handles = []
+
+    def look_away(_module: nn.Module, *_: Any) -> None:
+        learner.looks_away = True
+
+    def look(_module: nn.Module, *_: Any) -> None:
+        learner.looks_away = False
+
     for path, module in model.named_modules():
         if not isinstance(module, FSDPModule):
             continue
         prefix = f"{path}." if path else ""
 
         def tell(module: nn.Module, _args: Any, prefix: str = prefix) -> None:
+            learner.looks_away = False
             for name, parameter in module.named_parameters():
                 if not isinstance(parameter, DTensor):
-                    learn(canonical[prefix + name], parameter)
+                    learner.learn(canonical[prefix + name], parameter)
 
-        # FSDP's own hook, which gathers, runs first: it was put before all others.
-        handles.append(nn.Module.register_forward_pre_hook(module, tell))  # type: ignore[arg-type]
+        # Around FSDP's own hooks, which gather before the block's forward pass and free after it.
+        block: Any = module
+        handles.append(block.register_forward_pre_hook(look_away, prepend=True))
+        handles.append(block.register_forward_pre_hook(tell))
+        handles.append(block.register_forward_hook(look_away, prepend=True))
+        handles.append(block.register_forward_hook(look))
     try:
         yield
     finally:
@@ -125,13 +152,13 @@ def gradients_of_equal_losses(parameters: Mapping[str, Tensor], loss: Tensor) ->
     Raises:
         UnsupportedOperationError: If the ranks' losses differ.
     """
-    value = loss.detach().double()
+    value = torch.nan_to_num(loss.detach().float(), nan=-1.0)
     bounds = torch.stack([value, -value])
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-    if not torch.equal(bounds[0], -bounds[1]) and not torch.isnan(bounds).any():
+    if not torch.equal(bounds[0], -bounds[1]):
         raise UnsupportedOperationError(
-            "One sample at a time needs the same sample on every rank of a sharded model. Set "
-            "strategy='automatic' or 'book_keeping'."
+            "The ranks of a sharded model have different samples where all need the same one. Give certify the same "
+            "micro-batch on every rank, and leave chance out of the loss."
         )
     kept = {name: p.grad for name, p in parameters.items()}
     try:

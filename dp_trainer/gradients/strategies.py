@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dp_trainer.errors import ConfigurationError
+from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.book_keeping import book_keeping, fill_in
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.measures import accumulation_dtype
@@ -94,6 +94,33 @@ def clipped_gradient_sum(
     """
     if strategy not in STRATEGIES:
         raise ConfigurationError(f"strategy={strategy!r} is unknown; choose from {', '.join(STRATEGIES)}.")
+    if put_to_rest(model) and strategy not in ("automatic", "book_keeping"):
+        raise UnsupportedOperationError(
+            f"strategy={strategy!r} needs the gradients of whole parameters, and this model is spread over ranks. Set "
+            "strategy='automatic'."
+        )
+    return unchecked_sum(
+        model,
+        micro_batches,
+        per_sample_loss=per_sample_loss,
+        clipping=clipping,
+        strategy=strategy,
+        verified=verified,
+        fillers=fillers,
+    )
+
+
+def unchecked_sum(
+    model: nn.Module,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    per_sample_loss: PerSampleLoss,
+    clipping: ClippingFunction,
+    strategy: str,
+    verified: set[Use] | None = None,
+    fillers: Iterable[MicroBatch] = (),
+) -> ClippedGradientSum:
+    """As ``clipped_gradient_sum``; of a sharded model also one sample at a time, the same one on all ranks."""
     put_to_rest(model)
     parameters = trainable_parameters(model)
     if not parameters:

@@ -53,8 +53,10 @@ def test_sharded_bfloat16_keeps_its_bound(found):
 
 def test_what_cannot_be_sharded_is_refused(found):
     for rank in found:
-        assert "relative_attention_bias" in rank["what_sharding_refuses"]["position bias between blocks"]
-        assert "same sample on every rank" in rank["what_sharding_refuses"]["one sample at a time"]
+        messages = rank["what_sharding_refuses"]
+        assert "relative_attention_bias" in messages["position bias"]
+        for strategy in ("loop", "direct", "two_pass"):
+            assert "spread over ranks" in messages[strategy]
 
 
 def _is_right(noise):
@@ -115,6 +117,17 @@ def test_lengths_balance_the_work(found):
     balance = found[0]["balance"]
     assert balance["by length"] < 1.03
     assert balance["by length"] < balance["as drawn"]
+
+
+def test_ranks_that_draw_ahead_share_one_draw(found):
+    for rank in found:
+        assert rank["draws_after_uneven_epochs"] == {"most in one draw": 1, "taken differ by": 0}
+
+
+def test_samples_in_another_order_are_refused(found):
+    """Each rank would draw by its own numbers, and some samples on two ranks at once."""
+    for rank in found:
+        assert "the samples and their order" in rank["other_order"]["message"]
 
 
 def test_ranks_that_disagree_are_refused_on_all(found):

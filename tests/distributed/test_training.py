@@ -120,9 +120,25 @@ def test_out_of_memory_on_one_rank_changes_nothing(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_with_different_data_are_refused(tmp_path):
-    found, _, ended = train(
-        tmp_path, "run", processes=2, code=1, fault="ranks have different data", expected_batch_size=20
-    )
+@pytest.mark.parametrize("setting", ["masks", "evaluates"])
+def test_sharded_runs_with_chance_in_the_collator_or_evaluations(alone, setting, tmp_path):
+    expected, weights, _ = alone
+    found, own, _ = train(tmp_path, "run", processes=2, sharded=True, **{setting: True}, **EXACT)
+    assert found["steps_spent"] == expected["steps_spent"]
+    if setting == "evaluates":
+        assert distance(own, weights) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_handler_on_one_rank_hangs_nobody(alone, tmp_path):
+    _, weights, _ = alone
+    _, own, _ = train(tmp_path, "run", processes=2, fault="a handler on one rank", **EXACT)
+    assert distance(own, weights) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["ranks have different data", "a rank has another order"])
+def test_ranks_with_different_data_are_refused(fault, tmp_path):
+    found, _, ended = train(tmp_path, "run", processes=2, code=1, fault=fault, expected_batch_size=20)
     assert found is None
     assert "The ranks of this run disagree" in ended.output

@@ -56,6 +56,17 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {**padded, "labels": torch.tensor([row["labels"] for row in rows])}
 
 
+def masking_collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Masks tokens by chance, by a generator that differs between ranks."""
+    batch = collate(rows)
+    hidden = torch.rand(batch["input_ids"].shape, generator=_CHANCE) < 0.3
+    batch["input_ids"] = torch.where(hidden & (batch["attention_mask"] > 0), 4, batch["input_ids"])
+    return batch
+
+
+_CHANCE = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")))
+
+
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(
@@ -84,13 +95,13 @@ class Fault(TrainerCallback):
 
 @contextlib.contextmanager
 def out_of_memory_on_one_rank():
-    """The last rank has room for two samples at a time."""
+    """The last rank has room for four samples at a time."""
     import dp_trainer.gradients.strategies as strategies
 
     original = strategies.STRATEGIES["book_keeping"]
 
     def tight(module, micro_batch, *rest):
-        if dist.get_rank() == dist.get_world_size() - 1 and len(micro_batch["labels"]) > 2:
+        if dist.get_rank() == dist.get_world_size() - 1 and len(micro_batch["labels"]) > 4:
             raise torch.OutOfMemoryError("planted: out of memory")
         return original(module, micro_batch, *rest)
 
@@ -139,6 +150,9 @@ def main(path: str) -> None:
         optim="sgd",
         save_steps=settings.get("save_steps", 2),
         logging_steps=1,
+        eval_strategy="steps" if settings.get("evaluates") else "no",
+        eval_steps=1,
+        eval_on_start=settings.get("evaluates", False),
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
@@ -148,11 +162,14 @@ def main(path: str) -> None:
         fsdp2_on_cpu(args)
     fault = settings.get("fault", "")
     rows = Rows(50 + (dist.get_rank() if fault == "ranks have different data" else 0))
+    if fault == "a rank has another order" and args.process_index == 1:
+        rows.rows.reverse()
     trainer = DPTrainer(
         model=model(),
         args=args,
         train_dataset=rows,
-        data_collator=collate,
+        data_collator=masking_collate if settings.get("masks") else collate,
+        eval_dataset=Rows(8) if settings.get("evaluates") else None,
         callbacks=[Fault(fault)],
         privacy=PrivacyArguments(
             noise_multiplier=settings.get("noise_multiplier", 0.0),
@@ -162,6 +179,8 @@ def main(path: str) -> None:
             certificate_samples=4,
         ),
     )
+    if fault == "a handler on one rank" and args.process_index == 0:
+        signal.signal(signal.SIGTERM, lambda *_: None)
     with out_of_memory_on_one_rank() if fault == "out of memory on one rank" else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=settings.get("resume"))
     weights = {name: whole(p.detach()).double() for name, p in trainer.model.named_parameters()}

@@ -223,6 +223,25 @@ def sampling(ranks):
     return inclusion(ranks, sampler)
 
 
+@check
+def draws_after_uneven_epochs(ranks):
+    """Ranks that have drawn ahead by different numbers go on with the same draw."""
+    plan = make_plan(
+        PrivacyArguments(noise_multiplier=1.0, target_delta=1e-6),
+        dataset_size=60, expected_batch_size=6, steps=1,
+    )  # fmt: skip
+    sampler = sampler_of(plan, 60, ranks, None)
+    for _ in zip(range(2 + 3 * ranks.rank), sampler, strict=False):
+        pass
+    share = next(iter(sampler))
+    counts = torch.zeros(60)
+    counts[share] += 1
+    dist.all_reduce(counts)
+    taken = torch.tensor([sampler._taken, -sampler._taken])
+    dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+    return {"most in one draw": float(counts.max()), "taken differ by": int(taken.sum())}
+
+
 class _Shard(RankSampler):
     """Planted: every rank draws over its own shard of the data, all with one seed."""
 
@@ -256,6 +275,22 @@ def balance(ranks):
         result[name] = float(most[0] / (total[0] / ranks.size))
         assert int(total[1]) == len(draw)
     return result
+
+
+@check
+def other_order(ranks):
+    """The same samples, numbered differently on one rank, are refused; numbered alike, they are not."""
+    model, _ = built("gpt2-tied")
+    plan = plan_for(4, 1.0, noise_multiplier=1.0)
+    samples = [{"input_ids": [i, i + 1]} for i in range(1000)]
+    assert ranks.check_run(model, samples, plan) is None
+    if ranks.rank == ranks.size - 1:
+        samples[500], samples[-1] = samples[-1], samples[500]
+    try:
+        ranks.check_run(model, samples, plan)
+    except ConfigurationError as error:
+        return {"message": str(error)}
+    return {"message": ""}
 
 
 @check
@@ -419,8 +454,9 @@ def what_sharding_refuses(ranks):
     model, micro_batch = built("t5-tied")
     loss = per_sample_loss_for(model)
     sharded(model, mesh)
-    for name, strategy in (("position bias between blocks", "automatic"), ("one sample at a time", "loop")):
-        if name == "one sample at a time":
+    strategies = {"position bias": "automatic", "loop": "loop", "direct": "direct", "two_pass": "two_pass"}
+    for name, strategy in strategies.items():
+        if strategy == "loop":
             model, micro_batch = built("gpt2-tied")
             loss = per_sample_loss_for(model)
             sharded(model, mesh)
