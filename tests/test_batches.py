@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 
+import datasets
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from transformers import BatchEncoding
 from dp_trainer.batches import (
     LogicalBatch,
     LogicalBatchCollator,
+    column_lengths,
     micro_batch_size,
     sample_lengths,
     sample_of,
@@ -253,3 +255,18 @@ def test_samples_that_do_not_exist_are_refused(index):
 def test_unequal_sample_counts_are_refused():
     with pytest.raises(ConfigurationError, match="sample counts"):
         LogicalBatch(({},), ())
+
+
+def test_a_table_tells_all_lengths_without_making_samples():
+    rows = [{"input_ids": [1] * n, "attention_mask": [1] * n, "labels": 0} for n in (3, 1, 7, 2)]
+    table = datasets.Dataset.from_list(rows)
+    assert column_lengths(table) == [3, 1, 7, 2]
+    assert column_lengths(table.select([2, 0])) == [7, 3]
+    assert column_lengths(table.with_format("torch")) == [3, 1, 7, 2]
+
+
+@pytest.mark.parametrize(
+    "dataset", [[{"input_ids": [1, 2]}], datasets.Dataset.from_list([{"text": "a"}])], ids=["list", "text"]
+)
+def test_what_tells_no_lengths_is_left_to_chance(dataset):
+    assert column_lengths(dataset) is None

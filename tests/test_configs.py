@@ -1,9 +1,11 @@
 """Every YAML file parses, names its own command and result, and means what its header says."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import TrainingArguments
 
 from dp_trainer.arguments import PrivacyArguments
@@ -60,3 +62,26 @@ def test_settings_are_understood(path, tmp_path):
 def test_results_stay_in_the_ignored_folder(path):
     _, _, _, training, _ = parse_configuration(["--config", str(path)], TYPES)
     assert training.output_dir == f"runs/{path.stem}"
+
+
+LAUNCH = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=lambda path: path.stem)
+def test_launch_files_are_what_accelerate_reads(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1
+    assert config.mixed_precision == "no", "precision belongs to the run's own config"
+    assert f"accelerate launch --config_file configs/accelerate/{path.name}" in header(path)
+    if config.distributed_type == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
+        assert not config.fsdp_config["fsdp_offload_params"]
+
+
+def test_the_slurm_script_is_valid_and_uses_an_existing_launch_file():
+    script = LAUNCH[0].parent / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text(encoding="utf-8")
+    used = set(re.findall(r"configs/accelerate/(\w+\.yaml)", text))
+    assert used == {"several_machines.yaml"}
+    assert used <= {path.name for path in LAUNCH}

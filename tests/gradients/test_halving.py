@@ -78,3 +78,16 @@ def test_another_error_is_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         Halving().run([{"x": torch.randn(4, D)}], broken)
+
+
+def test_where_ranks_must_stay_in_step_nothing_is_halved():
+    model, calls = nn.Linear(D, P), []
+    loss = _loss_with_room_for(2, calls)
+    with pytest.raises(torch.OutOfMemoryError):
+        Halving(allowed=False).run(
+            [{"x": torch.randn(4, D)}],
+            lambda pieces: clipped_gradient_sum(
+                model, pieces, per_sample_loss=loss, clipping=FlatClipping(1)
+            ),
+        )
+    assert calls == [4]
