@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distributed.launch import launch
 
@@ -117,6 +118,22 @@ def test_out_of_memory_on_one_rank_changes_nothing(alone, tmp_path):
     found, own, _ = train(tmp_path, "run", processes=2, fault="out of memory on one rank", **EXACT)
     assert distance(own, weights) < 1e-6
     assert found["steps_spent"] == 4
+
+
+@pytest.mark.slow
+def test_whole_checkpoints_of_a_sharded_run_and_accelerates_own_checkpointing(tmp_path):
+    folder = tmp_path / "two"
+    settings = {"state_dict_type": "FULL_STATE_DICT", "checkpoints_activations": True, **EXACT}
+    # An optimizer with a state: torch cannot load an empty one into a sharded model.
+    settings |= {"sharded": True, "optim": "adamw_torch"}
+    _, weights, _ = train(tmp_path, "two", processes=2, **settings)
+    assert not list(folder.rglob("*.distcp"))
+    saved = load_file(folder / "model" / "model.safetensors")
+    named = {name.replace("_checkpoint_wrapped_module.", ""): w for name, w in weights.items()}
+    assert distance({name: w.double() for name, w in saved.items()}, named) < 1e-6
+    resume = str(folder / "checkpoint-2")
+    _, own, _ = train(tmp_path, "more", processes=2, output_dir=folder, resume=resume, **settings)
+    assert distance(own, weights) < 1e-5
 
 
 @pytest.mark.slow

@@ -2,8 +2,7 @@
 
     torchrun --nproc-per-node 2 tests/distributed/train.py SETTINGS.json
 
-``SETTINGS`` has ``output_dir`` and ``result``, and optionally ``sharded``, ``resume``, ``steps``, ``sampling``,
-``noise_multiplier``, ``fault``. Rank 0 writes the weights' digest, ε and counts to ``result``.
+``SETTINGS`` has ``output_dir`` and ``result``; what else it may have is read below. Rank 0 writes the weights' digest, ε and counts to ``result``.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def out_of_memory_on_one_rank():
         strategies.STRATEGIES["book_keeping"] = original
 
 
-def fsdp2_on_cpu(args: TrainingArguments) -> None:
+def fsdp2_on_cpu(args: TrainingArguments, settings: dict[str, Any]) -> None:
     """Lets accelerate shard on CPUs, which it offers for accelerators only."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, PartialState
@@ -121,7 +120,7 @@ def fsdp2_on_cpu(args: TrainingArguments) -> None:
     _ = args.device  # sets up the process group
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BertLayer"],
-        state_dict_type=os.environ.get("STATE_DICT", "SHARDED_STATE_DICT"), cpu_ram_efficient_loading=False,
+        state_dict_type=settings.get("state_dict_type", "SHARDED_STATE_DICT"), cpu_ram_efficient_loading=False, activation_checkpointing=settings.get("checkpoints_activations", False),
     )  # fmt: skip
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     os.environ["FSDP_VERSION"] = "2"
@@ -147,7 +146,7 @@ def main(path: str) -> None:
         max_steps=settings.get("steps", 4),
         learning_rate=0.05,
         lr_scheduler_type="constant",
-        optim="sgd",
+        optim=settings.get("optim", "sgd"),
         save_steps=settings.get("save_steps", 2),
         logging_steps=1,
         eval_strategy="steps" if settings.get("evaluates") else "no",
@@ -159,7 +158,7 @@ def main(path: str) -> None:
         remove_unused_columns=False,
     )
     if settings.get("sharded"):
-        fsdp2_on_cpu(args)
+        fsdp2_on_cpu(args, settings)
     fault = settings.get("fault", "")
     rows = Rows(50 + (dist.get_rank() if fault == "ranks have different data" else 0))
     if fault == "a rank has another order" and args.process_index == 1:

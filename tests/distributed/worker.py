@@ -134,7 +134,7 @@ def empty_draw(ranks):
     loss = per_sample_loss_for(model)
     release(model, [], **settings(loss, plan, ranks.noise_generator(), ranks))
     values = torch.cat([p.grad.flatten() for p in model.parameters()]) * 4
-    return {"std": float(values.std()), "equal": equal_on_all(values, ranks)}
+    return {"std": float(values.std()), "equal": equal_on_all(values)}
 
 
 def noise_of(ranks, generator, *, std=1.0, entries=600_000):
@@ -381,15 +381,20 @@ def sharded_checkpointing(ranks):
 @check
 def hybrid_sharding(ranks):
     """Replicas of one shard: the same sum, and the same noise, on each."""
-    mesh = init_device_mesh("cpu", (ranks.size, 1), mesh_dim_names=("replicas", "shards"))
+    shards = 2 if ranks.size == 4 else 1
+    mesh = init_device_mesh("cpu", (ranks.size // shards, shards), mesh_dim_names=("replicas", "shards"))
     model, means, _ = released_by_shards("gpt2-tied", ranks, mesh)
     error = distance({n: p.grad for n, p in model.named_parameters()}, means)
     model, means, plan = released_by_shards("gpt2-tied", ranks, mesh, noise_multiplier=1.0)
-    values = torch.cat([(p.grad.to_local() - means[n]).flatten() for n, p in model.named_parameters()])
+    noise = {
+        n: p.grad.to_local() - means[n].chunk(shards)[mesh.get_coordinate()[1]]
+        for n, p in model.named_parameters()
+    }
+    values = torch.cat([noise[n].flatten() for n in noise])
     return {
         "error": error,
         "std": float(values.std()) * plan.divisor / plan.noise_std,
-        "equal": equal_on_all(values, ranks),
+        "equal": equal_on_all(values, mesh.get_group("replicas")),
     }
 
 
@@ -404,7 +409,7 @@ def sharded_noise(ranks):
     release(layer, [], **settings(loss, plan, ranks.noise_generator(), ranks))
     values = layer.weight.grad.full_tensor().flatten() * plan.divisor
     own = layer.weight.grad.to_local().flatten()
-    length = 90 * 999  # no shard has less
+    length = 70 * 999  # no shard has less
     slices = [torch.empty(length) for _ in range(ranks.size)]
     dist.all_gather(slices, own[:length].contiguous())
     alike = torch.corrcoef(torch.stack(slices)) - torch.eye(ranks.size)
@@ -521,9 +526,9 @@ def bytes_sent(ranks):
     return {"ours": ours, "plain": plain[0], "parameters": parameters}
 
 
-def equal_on_all(values, ranks):
-    everyone = [torch.empty_like(values) for _ in range(ranks.size)]
-    dist.all_gather(everyone, values)
+def equal_on_all(values, group=None):
+    everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, values, group=group)
     return all(torch.equal(each, values) for each in everyone)
 
 
