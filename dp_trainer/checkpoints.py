@@ -36,7 +36,9 @@ logger = logging.get_logger(__name__)
 MANIFEST_NAME = "checkpoint_manifest.json"
 MANIFEST_VERSION = 1
 _NEEDED = (records.RECORD_NAME, records.TRAINER_STATE_NAME)
-_FOLDER = re.compile(r"checkpoint-(\d+)")
+# The ending of a complete checkpoint that waits until the same step's next save is complete too.
+_FORMER = ".former"
+_FOLDER = re.compile(rf"checkpoint-(\d+)({re.escape(_FORMER)})?")
 # At most so much of a file is read for its checksum, so that large models are not read twice a save.
 _PIECE, _PIECES = 2**20, 64
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
@@ -58,7 +60,8 @@ def saving(
     before that, and the newest complete one never.
 
     Args:
-        folder: The checkpoint; what an earlier save left there is removed.
+        folder: The checkpoint. What a save that was cut short left there is removed; a complete one is
+            set aside as ``checkpoint-N.former`` and removed once this one is complete.
         args: ``should_save`` says which process keeps the manifest; ``save_total_limit`` is obeyed here,
             and hidden from what runs inside, which would delete too early.
         state: Names the best checkpoint, which is kept too.
@@ -78,6 +81,7 @@ def saving(
         wait()
         if args.should_save:
             finish(folder)
+            _remove(_former(folder))
             _rotate(folder, limit=limit, best=state.best_model_checkpoint)
         # A process that exits now would take the main one along, in some launchers.
         wait()
@@ -167,7 +171,7 @@ def to_resume(wanted: str | bool | None, output_dir: str) -> Path | None:
 
 def newest_complete(output_dir: Path) -> Path | None:
     """The complete checkpoint of most steps, or None; a warning names those of more steps that are not."""
-    for folder in sorted(_checkpoints(output_dir), key=_step, reverse=True):
+    for folder in sorted(_checkpoints(output_dir), key=lambda f: (_step(f), not _is_former(f)), reverse=True):
         try:
             check(folder)
         except ConfigurationError as error:
@@ -182,10 +186,11 @@ _WAY_OUT = "Resume from another checkpoint, or with resume_from_checkpoint=True 
 
 def _begin(folder: Path) -> None:
     """Leaves the folder with a manifest that says "cut short", and nothing else."""
-    if folder.is_dir():
-        # First of all, so that a kill on the way leaves no complete-looking mixture of two saves.
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+    if _is_listed(folder):
+        # It may be the only complete one.
+        _remove(_former(folder))
+        folder.rename(_former(folder))
+    _remove(folder)
     folder.mkdir(parents=True)
     _write_manifest(folder, None)
 
@@ -208,8 +213,22 @@ def _rotate(newest: Path, *, limit: int | None, best: str | None) -> None:
     others = [folder for folder in _checkpoints(newest.parent) if folder.resolve() not in kept]
     others.sort(key=lambda folder: (_is_listed(folder), folder.stat().st_mtime, _step(folder)))
     for folder in others[: max(0, len(others) + len(kept) - limit)]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint; a kill on the way leaves nothing that looks complete."""
+    if folder.is_dir():
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _former(folder: Path) -> Path:
+    return folder.with_name(folder.name + _FORMER)
+
+
+def _is_former(folder: Path) -> bool:
+    return folder.name.endswith(_FORMER)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

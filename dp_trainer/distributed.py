@@ -22,7 +22,7 @@ import pickle
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ from dp_trainer.privacy.sampling import (
 
 # Entries reduced at a time: enough for full bandwidth, little beside the gradients themselves.
 _BUCKET = 2**24
+_Number = TypeVar("_Number", int, float)
 # At so many places the ranks' datasets are compared.
 _ROWS_COMPARED = 64
 
@@ -109,11 +110,13 @@ class Ranks:
                 "settings on every rank; each rank takes its share of every draw by itself."
             )
 
-    def check_run(self, model: nn.Module, dataset: Any, plan: PrivacyPlan) -> list[int] | None:
+    def check_run(
+        self, model: nn.Module, dataset: Any, plan: PrivacyPlan, settings: object = None
+    ) -> list[int] | None:
         """Raises unless all ranks would train the same parameters on the same samples under the same plan.
 
-        Samples are compared at up to 64 places. Ranks that number them differently would draw
-        some of them twice, which doubles what one sample contributes.
+        Samples are compared at 65 to 129 places (all, if fewer). Ranks that number
+        them differently would draw some of them twice, which doubles what one sample contributes.
 
         Returns:
             The samples' lengths where a table knows them.
@@ -126,10 +129,11 @@ class Ranks:
         lengths = column_lengths(dataset)
         step = max(1, len(dataset) // _ROWS_COMPARED)
         places = [*range(0, len(dataset), step), len(dataset) - 1]
-        trainable = [(n, str(tuple(p.shape))) for n, p in model.named_parameters() if p.requires_grad]
+        trainable = [(n, [*p.shape], p.dtype) for n, p in model.named_parameters() if p.requires_grad]
         self.check_same({
             "the dataset's length": len(dataset),
             "the privacy plan": plan.describe(),
+            "the privacy settings": settings,
             "the trainable parameters": trainable,
             "the samples' lengths": lengths,
             "the samples and their order": [_digest_of_row(dataset, place) for place in places],
@@ -144,13 +148,13 @@ class Ranks:
         dist.broadcast_object_list(sent, src=0, device=self.device)
         return sent[0]
 
-    def most(self, count: int) -> int:
-        """Returns the largest of the ranks' counts."""
+    def most(self, value: _Number) -> _Number:
+        """Returns the largest of the ranks' values."""
         if self.size == 1:
-            return count
-        largest = torch.tensor(count, device=self.device)
+            return value
+        largest = torch.tensor(value, device=self.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
+        return type(value)(largest)
 
     def total(self, counts: Tensor) -> Tensor:
         """Returns the sum of the ranks' tensors; not private, and without noise."""
@@ -234,13 +238,15 @@ def _digest(value: Any) -> int:
 def _digest_of_row(dataset: Any, place: int) -> str:
     """Tells one sample from another; chance that a transform draws is the same on all ranks meanwhile."""
     kept = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
-        row = dataset[place]
-    random.setstate(kept[0])
-    np.random.set_state(kept[1])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            row = dataset[place]
+    finally:
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
     return hashlib.sha256(pickle.dumps(row)).hexdigest()
 
 

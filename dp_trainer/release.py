@@ -93,7 +93,8 @@ def release(
         )
 
     clipped = (halving or Halving()).run(micro_batches, attempt)
-    noise_std = plan.noise_std * (1 + rounding_margin)
+    # Each rank's noise covers all ranks' contributions, on whatever device they were rounded.
+    noise_std = plan.noise_std * (1 + ranks.most(rounding_margin))
     parameters = dict(model.named_parameters())
     # The divisor is a public constant: dividing by the drawn size would break the sensitivity bound.
     for name, mean in ranks.add_noise_once_(clipped.gradients, noise, noise_std, divisor=plan.divisor):

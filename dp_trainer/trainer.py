@@ -222,7 +222,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         plan = self.plan
         self.args.max_steps = plan.steps
         dataset, collator = self._training_data()
-        lengths = self._ranks.check_run(self.model, dataset, plan)
+        lengths = self._ranks.check_run(self.model, dataset, plan, self.privacy)
         return DataLoader(
             dataset,
             batch_sampler=sampler_of(plan, len(dataset), self._ranks, lengths),

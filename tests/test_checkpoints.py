@@ -242,6 +242,26 @@ def test_a_folder_written_again_keeps_nothing_of_the_former_save(copied):
     checkpoints.check(copied / "checkpoint-4")
 
 
+def test_the_same_step_saved_again_never_leaves_the_run_without_a_complete_one(copied, monkeypatch):
+    """The complete checkpoint of that step may be the only one."""
+    former = (copied / "checkpoint-4" / "model.safetensors").read_bytes()
+    run = build_trainer(copied, max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "finish", full)
+        with pytest.raises(RunFaultError, match=r"checkpoint-4\.former is complete"):
+            run.train(resume_from_checkpoint=str(copied / "checkpoint-2"))
+    shutil.rmtree(copied / "checkpoint-2")
+    assert checkpoints.newest_complete(copied) == copied / "checkpoint-4.former"
+    assert (copied / "checkpoint-4.former" / "model.safetensors").read_bytes() == former
+    # Going on from it makes the next save, and leaves nothing set aside.
+    assert resume(copied, max_steps=6).accountant.steps_spent == 6
+
+
+def test_what_was_set_aside_goes_once_the_new_save_is_complete(copied):
+    resume(copied, str(copied / "checkpoint-2"))
+    assert sorted(path.name for path in copied.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
 def test_sharded_weights_in_folders_are_listed_and_checked(tmp_path):
     """As FSDP writes them, with a hidden file among them."""
     folder = tmp_path / "checkpoint-3"

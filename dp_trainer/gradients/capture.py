@@ -33,7 +33,7 @@ from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
-from dp_trainer.gradients.sharding import check_within_block, gathered_parameters, put_to_rest
+from dp_trainer.gradients.sharding import gathered_parameters, put_to_rest
 from dp_trainer.gradients.slots import SlottedOuterProduct, join
 
 # What asks a tensor about itself: most calls in a forward pass, and none holds values.
@@ -58,6 +58,9 @@ _CASTING = frozenset({Tensor.to, Tensor.type_as})
 _OPENING = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 _SETTERS = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__set__"})
 
+# Beside freezing a parameter that escaped, by whether the model is spread over ranks (as T5's position bias may).
+_OTHER_WAY = {False: " or set strategy='loop'", True: ", or train without sharding"}
+
 
 class _Rooted(torch.autograd.Function):
     """Gives an output that needs no gradient a place in the graph, so that its gradient arrives."""
@@ -80,7 +83,6 @@ class _Record:
 
 Use: TypeAlias = tuple[object, tuple[object, ...], str]
 """How a call used parameters: the function, the parameters, and where its data had the samples."""
-
 
 Settle: TypeAlias = Callable[[str, Form], Form | None]
 
@@ -129,7 +131,6 @@ class Tape:
         record = _Record(derived, form, aligned)
         if self._are_gathered:
             # Now, while FSDP holds the values that the way back may need.
-            check_within_block(derived.roots, derived.tensor)
             self._resolve([record])
         else:
             self._records.append(record)
@@ -185,7 +186,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
     Raises:
         UnsupportedOperationError: If a parameter is used in a way without a rule.
     """
-    put_to_rest(model)
+    sharded = put_to_rest(model)
     tensors = dict(model.named_parameters())
     parameters = {name: p for name, p in tensors.items() if p.requires_grad}
     for name, parameter in parameters.items():
@@ -208,7 +209,7 @@ def capture(model: nn.Module, batch_size: int, *, settle: Settle | None = None) 
         if escaped:
             raise UnsupportedOperationError(
                 f"{', '.join(escaped[:3])}: used where the capture could not see it ({len(escaped)} in all), so "
-                "per-sample gradients would be incomplete. Freeze the parameter or set strategy='loop'."
+                f"per-sample gradients would be incomplete. Freeze the parameter{_OTHER_WAY[sharded]}."
             )
     finally:
         mode.forget()

@@ -13,7 +13,7 @@ with samples of its own: they must see equally many micro-batches.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +69,14 @@ class Learner(Protocol):
 
 @contextlib.contextmanager
 def gathered_parameters(model: nn.Module, learner: Learner) -> Iterator[None]:
-    """While inside, tells of each whole parameter, by its name in the sharded model, before a block uses it."""
+    """While inside, tells of each whole parameter, by its name in the sharded model, before a block uses it.
+
+    FSDP's hooks run unseen, and so do a block's other hooks; a parameter that these use leaves a gradient,
+    which the capture refuses.
+    """
+    if not is_sharded(model):
+        yield
+        return
     names: dict[int, str] = {id(p): name for name, p in model.named_parameters()}
     canonical = {
         alias: names[id(p)] for alias, p in model.named_parameters(remove_duplicate=False) if id(p) in names
@@ -104,28 +111,6 @@ def gathered_parameters(model: nn.Module, learner: Learner) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_within_block(names: Sequence[str], tensor: Tensor) -> None:
-    """Raises if a tensor made from parameters was handed from one block to another, as T5's position bias is.
-
-    The way back from it passes FSDP's own steps, which free what the present block still needs.
-
-    Raises:
-        UnsupportedOperationError: Naming the parameter.
-    """
-    seen, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            raise UnsupportedOperationError(
-                f"{names[0]}: what is made from it in one block of FSDP is used in another one, and its gradient "
-                "cannot be followed through FSDP. Freeze it, or train without sharding."
-            )
-        seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
 
 
 def reduced_to_shards(whole: Tensor, name: str, parameter: Tensor) -> DTensor:

@@ -82,7 +82,7 @@ class Fault(TrainerCallback):
         self.kind = kind
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step != 2 or args.process_index != args.world_size - 1:
+        if state.global_step != 3 or args.process_index != args.world_size - 1:
             return
         if self.kind == "a rank raises":
             raise RuntimeError("planted")
