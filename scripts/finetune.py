@@ -2,7 +2,7 @@
 
 Writes into ``output_dir``:
 
-    model/                      weights and tokenizer: the private result
+    model/                      weights and tokenizer (or image processor): the private result
     privacy_statement.{json,md} what is guaranteed about them
     metrics.json, log_history.json, training.png
                                 how it went; computed without noise, so not for publication
@@ -23,10 +23,11 @@ from dp_trainer import DPTrainer, PrivacyArguments
 from dp_trainer.errors import ConfigurationError, DPTrainerError
 from dp_trainer.tasks import find_task
 from dp_trainer.tasks.arguments import DataArguments, ModelArguments, RunArguments
-from dp_trainer.tasks.base import PreparedSplit, Task, Tokenizer
+from dp_trainer.tasks.base import PreparedSplit, Processor, Task
 from dp_trainer.tasks.config import parse_configuration
+from dp_trainer.tasks.images import with_classes
 from dp_trainer.tasks.loading import load_rows, prepare_splits
-from dp_trainer.tasks.models import count_parameters, load_model, load_tokenizer
+from dp_trainer.tasks.models import count_parameters, load_model, load_processor
 from dp_trainer.tasks.report import (
     PrivacySpent,
     draw_training,
@@ -44,14 +45,16 @@ def main(argv: list[str]) -> None:
         argv, (ModelArguments, DataArguments, RunArguments, TrainingArguments, PrivacyArguments)
     )
     refuse_unfit(run, training)
-    task = find_task(data.task)
+    task = find_task(data.task, head=model_arguments.head)
     set_seed(training.seed)  # the new head's first weights; noise and sampling have their own secret keys
-    tokenizer = load_tokenizer(model_arguments)
+    processor = load_processor(task, model_arguments)
     with training.main_process_first(desc="loading the data"):
-        splits = prepare_splits(task, load_rows(task, data), tokenizer, max_length=data.max_length)
-    model = load_model(task, model_arguments, tokenizer)
+        rows = load_rows(task, data)
+        task = with_classes(task, rows)
+        splits = prepare_splits(task, rows, processor, max_length=data.max_length)
+    model = load_model(task, model_arguments, processor)
 
-    trainer = build_trainer(task, model, tokenizer, splits, training, privacy if run.private else None)
+    trainer = build_trainer(task, model, processor, splits, training, privacy if run.private else None)
     if trainer.is_world_process_zero():
         print_before(task, model, splits, trainer.plan if run.private else "ordinary training: no privacy")
 
@@ -85,7 +88,7 @@ def refuse_unfit(run: RunArguments, training: TrainingArguments) -> None:
 def build_trainer(
     task: Task,
     model: nn.Module,
-    tokenizer: Tokenizer,
+    processor: Processor,
     splits: dict[str, PreparedSplit],
     training: TrainingArguments,
     privacy: PrivacyArguments | None,
@@ -96,8 +99,9 @@ def build_trainer(
         "args": training,
         "train_dataset": splits[task.train_split].dataset,
         "eval_dataset": splits[task.validation_split].dataset,
-        "data_collator": task.collator(tokenizer),
-        "processing_class": tokenizer,
+        "data_collator": task.collator(processor),
+        "processing_class": processor,
+        "compute_loss_func": task.loss_function(label_smoothing=training.label_smoothing_factor),
         "compute_metrics": task.compute_metrics,
         "preprocess_logits_for_metrics": task.preprocess_logits,
     }

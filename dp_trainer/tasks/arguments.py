@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from dp_trainer.errors import ConfigurationError
 
 DTYPES = ("float32", "bfloat16")
+HEADS = ("classification", "label_words")
 
 
 def _positive(name: str, value: int | None) -> None:
@@ -35,6 +36,14 @@ class ModelArguments:
         }
     )
     model_revision: str = field(default="main", metadata={"help": "The hub commit, branch or tag."})
+    head: str = field(
+        default=HEADS[0],
+        metadata={
+            "help": "classification: the task's ordinary head. label_words: a masked language model "
+            "fills one word for each class into a template.",
+            "choices": HEADS,
+        },
+    )
     dtype: str = field(
         default="float32",
         metadata={"help": "The type of the weights: float32 or bfloat16.", "choices": DTYPES},
@@ -55,6 +64,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         _positive("lora_rank", self.lora_rank)
         _positive("lora_alpha", self.lora_alpha)
+        if self.head not in HEADS:
+            raise ConfigurationError(f"head={self.head}: must be one of {', '.join(HEADS)}. Choose one.")
         if self.dtype not in DTYPES:
             raise ConfigurationError(
                 f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}. "
@@ -76,7 +87,10 @@ class DataArguments:
 
     task: str = field(metadata={"help": "A name from dp_trainer.tasks.TASKS."})
     data: str | None = field(
-        default=None, metadata={"help": "A folder with one JSON-lines file a split, or a hub name."}
+        default=None,
+        metadata={
+            "help": "A folder with one JSON-lines file a split (or with train/<class>/ images), or a hub name."
+        },
     )
     data_config: str | None = field(default=None, metadata={"help": "The configuration of a hub data set."})
     data_revision: str = field(

@@ -2,8 +2,8 @@
 
 A task is data, not a class hierarchy: a new one is one file that builds a
 :class:`Task`, one row in ``dp_trainer.tasks.TASKS``, and one YAML file. Choices
-that many tasks share (a sentence or a pair, read by an ordinary classification
-head) are functions that build one, such as
+that many tasks share (a sentence or a pair, read by a classification head or by
+label words; a picture) are functions that build one, such as
 :func:`dp_trainer.tasks.classification.sequence_classification`.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dp_trainer.errors import ConfigurationError
 
@@ -21,7 +21,9 @@ from dp_trainer.errors import ConfigurationError
 # information; the aliases keep signatures readable.
 Dataset = Any
 Tokenizer = Any
+Processor = Any  # a tokenizer, or an image processor
 DataCollator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+LossFunction = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +35,15 @@ class BundledData:
 
 @dataclass(frozen=True, kw_only=True)
 class HubData:
-    """Rows on the hub: a repository, a configuration of it (or None), a commit or branch."""
+    """Rows on the hub: a repository, a configuration of it (or None), a commit or branch.
+
+    ``renamed`` lists columns as (name there, the task's name).
+    """
 
     repository: str
     configuration: str | None = None
     revision: str = "main"
+    renamed: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,44 +69,59 @@ class Task:
 
     Attributes:
         name: The row's name in ``TASKS`` and in YAML.
-        source: Where the rows lie unless the user says otherwise.
+        source: Where the rows lie unless the user says otherwise; None where the user must.
         train_split: Name of the split to train on.
         validation_split: Name of the split to evaluate on.
         further_splits: Splits evaluated after training where the data has them.
         columns: Columns that every split must have.
-        labels: The classes, in the order of their ids; None for text generation.
+        labels: The classes, in the order of their ids; None for text generation, and while only the data knows them.
+        class_column: The column whose feature names the classes, where ``labels`` waits for the data.
         auto_model: The name of a ``transformers`` auto class.
-        max_length: Longest input in tokens unless the user says otherwise.
-        prepare: ``(split rows, tokenizer, max_length) -> PreparedSplit``.
-        collator: ``tokenizer -> data collator`` that pads to the longest of a micro-batch.
+        auto_processor: The auto class of what makes model inputs: a tokenizer or an image processor.
+        max_length: Longest input in tokens unless the user says otherwise; 0 where inputs have no length.
+        prepare: ``(split rows, processor, max_length) -> PreparedSplit``.
+        collator: ``processor -> data collator`` that makes a micro-batch of samples.
+        adapt_model: ``(model, processor)``: changes how the loaded model answers; None leaves it as loaded.
+        losses: ``label smoothing -> compute_loss_func`` for either Trainer, where the model's class does not tell
+            the loss; None where it does.
         compute_metrics: For the Trainer: ``EvalPrediction -> {name: value}``.
         preprocess_logits: For the Trainer's ``preprocess_logits_for_metrics``, or None.
         metric: The metric that tells how well the task is solved, without the ``eval_`` prefix.
         metric_label: The same for people, as on a plot's axis.
         baseline: ``prepared split -> the metric of the best constant answer``, or None.
+        label_words: The same task answered by label words at a mask; None if it has no template.
     """
 
     name: str
-    source: BundledData | HubData
+    source: BundledData | HubData | None
     train_split: str = "train"
     validation_split: str = "validation"
     further_splits: tuple[str, ...] = ()
     columns: tuple[str, ...]
     labels: tuple[str, ...] | None
+    class_column: str | None = None
     auto_model: str
+    auto_processor: str = "AutoTokenizer"
     max_length: int
-    prepare: Callable[[Dataset, Tokenizer, int], PreparedSplit]
-    collator: Callable[[Tokenizer], DataCollator]
+    prepare: Callable[[Dataset, Processor, int], PreparedSplit]
+    collator: Callable[[Processor], DataCollator]
+    adapt_model: Callable[[nn.Module, Processor], None] | None = None
+    losses: Callable[[float], LossFunction] | None = None
     compute_metrics: Callable[[Any], dict[str, float]]
     preprocess_logits: Callable[[Any, Tensor], Tensor] | None = None
     metric: str
     metric_label: str
     baseline: Callable[[Dataset], float] | None = None
+    label_words: Task | None = None
 
     @property
     def evaluation_splits(self) -> tuple[str, ...]:
         """The splits that a report may evaluate, the validation split first."""
         return (self.validation_split, *self.further_splits)
+
+    def loss_function(self, *, label_smoothing: float) -> LossFunction | None:
+        """The ``compute_loss_func`` that the task needs; None where the model's class tells the loss."""
+        return None if self.losses is None else self.losses(label_smoothing)
 
 
 def refuse_empty(splits: Mapping[str, PreparedSplit], *, max_length: int) -> None:
@@ -119,3 +140,19 @@ def refuse_missing_texts(rows: Dataset, columns: tuple[str, ...]) -> None:
         bad = next((i for i, text in enumerate(rows[column]) if not isinstance(text, str)), None)
         if bad is not None:
             raise ConfigurationError(f"row {bad}, column '{column}': not a text. Remove or mend the row.")
+
+
+def refuse_wrong_labels(rows: Dataset, column: str, labels: tuple[str, ...]) -> None:
+    """Raises ConfigurationError for a label that is no class id, or classes in another order than the task's."""
+    names = tuple(getattr(rows.features[column], "names", None) or labels)
+    if names != labels and sorted(names) == sorted(labels):
+        raise ConfigurationError(
+            f"column '{column}': the data numbers the classes {names}, the task {labels}. Renumber the labels."
+        )
+    for i, label in enumerate(rows[column]):
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(labels):
+            unlabelled = "; GLUE writes -1 where a label is kept secret" if label == -1 else ""
+            raise ConfigurationError(
+                f"row {i}, column '{column}': {label!r} is not a class id from 0 to {len(labels) - 1}{unlabelled}. "
+                "Give integer ids; leave unlabelled rows out."
+            )

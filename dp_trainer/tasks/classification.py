@@ -1,4 +1,4 @@
-"""Builds tasks that one ordinary sequence-classification head solves.
+"""Builds tasks that assign a class to a text: by a classification head, or by label words at a mask.
 
 Shapes: logits (N, K) for N samples and K classes; label ids 0 … K−1.
 """
@@ -6,12 +6,14 @@ Shapes: logits (N, K) for N samples and K classes; label ids 0 … K−1.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers import DataCollatorWithPadding
 
-from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.base import (
     BundledData,
     Dataset,
@@ -20,7 +22,10 @@ from dp_trainer.tasks.base import (
     Task,
     Tokenizer,
     refuse_missing_texts,
+    refuse_wrong_labels,
 )
+from dp_trainer.tasks.infilling import Infilling, label_word_ids, prepare_infilling
+from dp_trainer.tasks.label_words import answer_at_mask, class_losses
 
 
 def sequence_classification(
@@ -33,6 +38,8 @@ def sequence_classification(
     label_column: str = "label",
     validation_split: str = "validation",
     further_splits: tuple[str, ...] = (),
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    infilling: Infilling | None = None,
 ) -> Task:
     """Describes a task that assigns one of ``labels`` to a text or a pair of texts.
 
@@ -45,10 +52,13 @@ def sequence_classification(
         label_column: Column of the integer class ids.
         validation_split: Name of the split to evaluate on.
         further_splits: Splits evaluated after training where the data has them.
+        compute_metrics: What is measured, ``accuracy`` among it; accuracy alone if left out.
+        infilling: The template and words for solving it by label words, if it can be.
     """
 
     def prepare(rows: Dataset, tokenizer: Tokenizer, length: int) -> PreparedSplit:
-        _check_rows(rows, text_columns=text_columns, label_column=label_column, classes=len(labels))
+        refuse_missing_texts(rows, text_columns)
+        refuse_wrong_labels(rows, label_column, labels)
 
         def encode(batch: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [batch[column] for column in text_columns]
@@ -57,7 +67,7 @@ def sequence_classification(
         dataset = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {name}")
         return PreparedSplit(dataset=dataset)
 
-    return Task(
+    task = Task(
         name=name,
         source=source,
         validation_split=validation_split,
@@ -68,10 +78,15 @@ def sequence_classification(
         max_length=max_length,
         prepare=prepare,
         collator=lambda tokenizer: DataCollatorWithPadding(tokenizer),
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics or accuracy,
         metric="accuracy",
         metric_label="accuracy",
         baseline=majority_share,
+    )
+    return (
+        task
+        if infilling is None
+        else replace(task, label_words=_with_label_words(task, infilling, label_column))
     )
 
 
@@ -81,11 +96,26 @@ def accuracy(prediction: Any) -> dict[str, float]:
     Args:
         prediction: The Trainer's ``EvalPrediction``: logits (N, K), labels (N,).
     """
+    return {"accuracy": float((_answers(prediction) == prediction.label_ids).mean())}
+
+
+def accuracy_and_f1(prediction: Any) -> dict[str, float]:
+    """Returns the accuracy and F1 of class 1; an F1 without any such label or answer counts as 0.
+
+    Args:
+        prediction: The Trainer's ``EvalPrediction``: logits (N, 2), labels (N,).
+    """
+    answered, labelled = _answers(prediction) == 1, np.asarray(prediction.label_ids) == 1
+    chances = int(answered.sum() + labelled.sum())
+    return {**accuracy(prediction), "f1": 2 * int((answered & labelled).sum()) / max(chances, 1)}
+
+
+def _answers(prediction: Any) -> Any:
     # Some models return (logits, hidden states, …).
     logits = (
         prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     )
-    return {"accuracy": float((np.asarray(logits).argmax(axis=-1) == prediction.label_ids).mean())}
+    return np.asarray(logits).argmax(axis=-1)
 
 
 def majority_share(dataset: Dataset) -> float:
@@ -94,11 +124,26 @@ def majority_share(dataset: Dataset) -> float:
     return Counter(labels).most_common(1)[0][1] / len(labels)
 
 
-def _check_rows(rows: Dataset, *, text_columns: tuple[str, ...], label_column: str, classes: int) -> None:
-    refuse_missing_texts(rows, text_columns)
-    for i, label in enumerate(rows[label_column]):
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
-            raise ConfigurationError(
-                f"row {i}, column '{label_column}': {label!r} is not a class id from 0 to {classes - 1}. "
-                "Give integer ids; leave unlabelled rows out."
-            )
+def _with_label_words(task: Task, infilling: Infilling, label_column: str) -> Task:
+    """The same task, answered by a masked language model."""
+    labels = task.labels
+    assert labels is not None
+
+    def prepare(rows: Dataset, tokenizer: Tokenizer, length: int) -> PreparedSplit:
+        refuse_missing_texts(rows, infilling.columns)
+        refuse_wrong_labels(rows, label_column, labels)
+        return prepare_infilling(
+            rows, tokenizer, length, infilling=infilling, label_column=label_column, name=task.name
+        )
+
+    def adapt_model(model: nn.Module, tokenizer: Tokenizer) -> None:
+        word_ids = label_word_ids(infilling.words, tokenizer)
+        answer_at_mask(model, mask_token_id=tokenizer.mask_token_id, word_ids=word_ids)
+
+    return replace(
+        task,
+        auto_model="AutoModelForMaskedLM",
+        prepare=prepare,
+        adapt_model=adapt_model,
+        losses=class_losses,
+    )

@@ -16,7 +16,8 @@ import datasets
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.arguments import DataArguments
-from dp_trainer.tasks.base import BundledData, Dataset, HubData, PreparedSplit, Task, Tokenizer, refuse_empty
+from dp_trainer.tasks.base import BundledData, Dataset, HubData, PreparedSplit, Processor, Task, refuse_empty
+from dp_trainer.tasks.images import IMAGE_PROCESSOR, load_image_folder
 from dp_trainer.tasks.names import nearest, quoted
 
 FILE_ENDINGS = (".jsonl.gz", ".jsonl", ".json.gz", ".json")
@@ -52,15 +53,19 @@ def load_rows(task: Task, arguments: DataArguments) -> dict[str, Dataset]:
 
 
 def prepare_splits(
-    task: Task, rows: dict[str, Dataset], tokenizer: Tokenizer, *, max_length: int | None
+    task: Task, rows: dict[str, Dataset], processor: Processor, *, max_length: int | None
 ) -> dict[str, PreparedSplit]:
     """Turns every split's rows into model inputs; refuses a split that ends up empty.
 
     Evaluation splits are sorted, longest first: no metric depends on their order,
     padding nearly vanishes, and a too large batch fails at once.
     """
+    if task.max_length == 0 and max_length is not None:
+        raise ConfigurationError(
+            f"max_length={max_length}: inputs of task '{task.name}' have no length. Leave it out."
+        )
     length = task.max_length if max_length is None else max_length
-    splits = {name: task.prepare(split, tokenizer, length) for name, split in rows.items()}
+    splits = {name: task.prepare(split, processor, length) for name, split in rows.items()}
     refuse_empty(splits, max_length=length)
     return {
         name: split if name == task.train_split else _longest_first(split) for name, split in splits.items()
@@ -68,6 +73,8 @@ def prepare_splits(
 
 
 def _longest_first(split: PreparedSplit) -> PreparedSplit:
+    if "input_ids" not in getattr(split.dataset, "column_names", ()):
+        return split
     lengths = [len(ids) for ids in split.dataset["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return replace(split, dataset=split.dataset.select(order))
@@ -79,12 +86,17 @@ def _load(task: Task, arguments: DataArguments) -> dict[str, Dataset]:
         # A zipped installation has no folder until as_file makes one.
         with as_file(resource) as folder:
             return _load_folder(task, folder)
+    if arguments.data is None and task.source is None:
+        raise ConfigurationError(
+            f"task '{task.name}': has no data of its own. Give data=<folder> or data=<hub name>."
+        )
     if arguments.data is None:
         assert isinstance(task.source, HubData)
         return _load_hub(task, task.source)
     folder = Path(arguments.data).expanduser()
     if folder.is_dir():
-        return _load_folder(task, folder)
+        images = task.auto_processor == IMAGE_PROCESSOR
+        return load_image_folder(task, folder) if images else _load_folder(task, folder)
     if folder.exists():
         raise ConfigurationError(
             f"data={arguments.data}: this is a file. Give the folder that holds one file a split, "
@@ -148,8 +160,7 @@ def _load_hub(task: Task, source: HubData) -> dict[str, Dataset]:
         # Not found, no such configuration, no network and offline mode all end here.
         raise ConfigurationError(
             f"task '{task.name}': cannot load '{source.repository}' from the hub ({str(error).splitlines()[0]}). "
-            "Connect to the network once so that it is cached, or give data=<folder> with "
-            f"{task.train_split}{FILE_ENDINGS[0]} and {task.validation_split}{FILE_ENDINGS[0]}."
+            f"Connect to the network once so that it is cached, or give data=<folder> with {_wanted_in_folder(task)}."
         ) from error
     for split in (task.train_split, task.validation_split):
         if split not in everything:
@@ -158,7 +169,18 @@ def _load_hub(task: Task, source: HubData) -> dict[str, Dataset]:
                 "Give data=<folder> with one file a split."
             )
     wanted = (task.train_split, *task.evaluation_splits)
-    return {name: everything[name] for name in wanted if name in everything}
+    return {name: _renamed(everything[name], source) for name in wanted if name in everything}
+
+
+def _wanted_in_folder(task: Task) -> str:
+    ending = "/<class>/" if task.auto_processor == IMAGE_PROCESSOR else FILE_ENDINGS[0]
+    return f"{task.train_split}{ending} and {task.validation_split}{ending}"
+
+
+def _renamed(split: Dataset, source: HubData) -> Dataset:
+    for there, here in source.renamed:
+        split = split.rename_column(there, here) if there in split.column_names else split
+    return split
 
 
 def _check_columns(split: Dataset, needed: tuple[str, ...], *, place: str) -> None:

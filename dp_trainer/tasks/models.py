@@ -1,4 +1,4 @@
-"""Loads a tokenizer and a model, and says which parameters train.
+"""Loads a tokenizer or image processor and a model, and says which parameters train.
 
 Guarantee: after :func:`choose_trainable` exactly the parameters that a pattern
 finds require gradients, and every pattern has found at least one. A pattern that
@@ -20,9 +20,12 @@ from torch import nn
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.arguments import ModelArguments
-from dp_trainer.tasks.base import Task, Tokenizer
+from dp_trainer.tasks.base import Processor, Task, Tokenizer
 from dp_trainer.tasks.names import nearest, quoted
-from dp_trainer.tasks.places import PACKAGE_PREFIX, resolve_model
+from dp_trainer.tasks.places import PACKAGE_PREFIX, Place, resolve_model
+
+# What peft calls the kinds of models whose new head it trains beside the adapters, or whose inputs it knows.
+ADAPTED_AS = {"AutoModelForSequenceClassification": "SEQ_CLS", "AutoModelForCausalLM": "CAUSAL_LM"}
 
 
 def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
@@ -45,13 +48,38 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
     return tokenizer
 
 
-def load_model(task: Task, arguments: ModelArguments, tokenizer: Tokenizer) -> nn.Module:
+def load_processor(task: Task, arguments: ModelArguments) -> Processor:
+    """Loads what makes the task's model inputs: the model's tokenizer, or its image processor.
+
+    Raises:
+        ConfigurationError: If it cannot be read, or needs a package that is missing.
+    """
+    if task.auto_processor == "AutoTokenizer":
+        return load_tokenizer(arguments)
+    auto_processor = getattr(transformers, task.auto_processor)
+    try:
+        with _reading(arguments.model_name_or_path):
+            return auto_processor.from_pretrained(
+                resolve_model(arguments.model_name_or_path).name, revision=arguments.model_revision
+            )
+    except ImportError as error:
+        # Some processors have no form without torchvision.
+        reason = next(line.strip() for line in str(error).splitlines() if line.strip())
+        raise ConfigurationError(
+            f"{arguments.model_name_or_path}: its image processor needs a package that is missing ({reason}). "
+            "Install it, usually: pip install torchvision pillow"
+        ) from error
+
+
+def load_model(task: Task, arguments: ModelArguments, processor: Processor) -> nn.Module:
     """Loads the model with the task's head and freezes what should not train.
+
+    Guarantee: of a vision checkpoint with another number of classes the head alone starts anew;
+    one whose body has other shapes is refused.
 
     A new head starts from torch's global generator: seed it first for repeatable runs.
     """
     place = resolve_model(arguments.model_name_or_path)
-    auto_model = getattr(transformers, task.auto_model)
     settings: dict[str, Any] = {
         "revision": arguments.model_revision,
         "dtype": getattr(torch, arguments.dtype),
@@ -63,14 +91,13 @@ def load_model(task: Task, arguments: ModelArguments, tokenizer: Tokenizer) -> n
             "id2label": names,
             "label2id": {v: k for k, v in names.items()},
         }
-    with _reading(arguments.model_name_or_path):
-        model: nn.Module = auto_model.from_pretrained(place.name, **settings, **place.settings)
-    if place.gguf_file is not None:
-        model = _without_quantization(model)
+    model = _load_weights(task, arguments.model_name_or_path, place, settings)
     config: Any = model.config
-    if config.pad_token_id is None:
+    if task.auto_processor == "AutoTokenizer" and config.pad_token_id is None:
         # Decoder models with a classification head look for the last token that is not padding.
-        config.pad_token_id = tokenizer.pad_token_id
+        config.pad_token_id = processor.pad_token_id
+    if task.adapt_model is not None:
+        task.adapt_model(model, processor)
     if arguments.lora_rank is not None:
         return add_lora(model, task, arguments)
     if arguments.trainable is not None:
@@ -90,6 +117,27 @@ def _without_quantization(model: nn.Module) -> nn.Module:
     plain.load_state_dict(model.state_dict())
     plain.generation_config = model.generation_config
     return plain
+
+
+def _load_weights(task: Task, name: str, place: Place, settings: dict[str, Any]) -> nn.Module:
+    auto_model = getattr(transformers, task.auto_model)
+    model: nn.Module
+    with _reading(name):
+        if task.auto_processor == "AutoTokenizer":
+            model = auto_model.from_pretrained(place.name, **settings, **place.settings)
+            return model if place.gguf_file is None else _without_quantization(model)
+        # Pretrained vision models come with a head for the classes of their own data.
+        model, loaded = auto_model.from_pretrained(
+            place.name, ignore_mismatched_sizes=True, output_loading_info=True, **settings
+        )
+    body = f"{model.base_model_prefix}."
+    reshaped = [key for key, *_ in loaded["mismatched_keys"] if key.startswith(body)]
+    if reshaped:
+        raise ConfigurationError(
+            f"model_name_or_path={name}: {quoted(reshaped[:3])} of the checkpoint have other shapes than the model, "
+            "beside its head. Correct its config.json, or load another checkpoint."
+        )
+    return model
 
 
 @contextmanager
@@ -155,7 +203,10 @@ def add_lora(model: nn.Module, task: Task, arguments: ModelArguments) -> nn.Modu
                 r=arguments.lora_rank,
                 lora_alpha=arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
                 target_modules=arguments.lora_target_modules,
-                task_type="SEQ_CLS" if task.labels is not None else "CAUSAL_LM",
+                task_type=ADAPTED_AS.get(task.auto_model),
+                modules_to_save=_heads(model)
+                if task.auto_model == "AutoModelForImageClassification"
+                else None,
             ),
         )
     except ValueError as error:
@@ -167,6 +218,16 @@ def add_lora(model: nn.Module, task: Task, arguments: ModelArguments) -> nn.Modu
             f"Set lora_target_modules to some of {quoted(leaf for leaf in leaves if leaf)}."
         ) from error
     return wrapped
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """The new head's modules: what stands beside the pretrained body and has parameters."""
+    body = getattr(model, "base_model_prefix", "")
+    return [
+        name
+        for name, child in model.named_children()
+        if name != body and any(True for _ in child.parameters())
+    ]
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
