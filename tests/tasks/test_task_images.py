@@ -78,6 +78,7 @@ def test_folders_give_classes_and_samples(folder):
         for i in range(len(split.dataset)):
             sample = split.dataset[i]
             assert sample["pixel_values"].shape == (3, 8, 8)
+            assert sample["labels"] == split.dataset.labels[i]
             # The picture's brightest channel tells its class; a grey one has three alike.
             channels = sample["pixel_values"].mean((1, 2))
             assert (
