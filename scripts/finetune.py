@@ -4,7 +4,7 @@ Writes into ``output_dir``:
 
     model/                      weights and tokenizer (or image processor): the private result
     privacy_statement.{json,md} what is guaranteed about them
-    metrics.json, log_history.json, training.png
+    metrics.json, log_history.json, training.png, generated.json
                                 how it went; computed without noise, so not for publication
 
 ``--private false`` trains the same way without privacy, for comparison.
@@ -12,6 +12,7 @@ Writes into ``output_dir``:
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,10 @@ from transformers import Trainer, TrainingArguments, set_seed
 from dp_trainer import DPTrainer, PrivacyArguments
 from dp_trainer.errors import ConfigurationError, DPTrainerError
 from dp_trainer.tasks import find_task
-from dp_trainer.tasks.arguments import DataArguments, ModelArguments, RunArguments
-from dp_trainer.tasks.base import PreparedSplit, Processor, Task
+from dp_trainer.tasks.arguments import DataArguments, GenerationArguments, ModelArguments, RunArguments
+from dp_trainer.tasks.base import Dataset, PreparedSplit, Processor, Task
 from dp_trainer.tasks.config import parse_configuration
+from dp_trainer.tasks.generation import Decoding, evaluate_generation, require_metrics
 from dp_trainer.tasks.images import with_classes
 from dp_trainer.tasks.loading import load_rows, prepare_splits
 from dp_trainer.tasks.models import count_parameters, load_model, load_processor
@@ -38,14 +40,19 @@ from dp_trainer.tasks.report import (
     write_json,
 )
 
+# Places and devices of this machine: they change no result, and a file may be passed on.
+NOT_SETTINGS = ("output_dir", "logging_dir", "local_rank", "hub_token", "run_name")
+SETTINGS = (
+    *(ModelArguments, DataArguments, RunArguments, GenerationArguments),
+    *(TrainingArguments, PrivacyArguments),
+)
+
 
 def main(argv: list[str]) -> None:
     """Parses, builds, trains, reports."""
-    model_arguments, data, run, training, privacy = parse_configuration(
-        argv, (ModelArguments, DataArguments, RunArguments, TrainingArguments, PrivacyArguments)
-    )
-    refuse_unfit(run, training)
+    model_arguments, data, run, generation, training, privacy = parse_configuration(argv, SETTINGS)
     task = find_task(data.task, head=model_arguments.head)
+    refuse_unfit(task, run, generation, training)
     set_seed(training.seed)  # the new head's first weights; noise and sampling have their own secret keys
     processor = load_processor(task, model_arguments)
     with training.main_process_first(desc="loading the data"):
@@ -64,8 +71,12 @@ def main(argv: list[str]) -> None:
 
     evaluations = evaluate(trainer, task, splits)
     trainer.save_model(str(Path(training.output_dir) / "model"))
+    if task.writing and generation.generate:
+        split = [name for name in task.evaluation_splits if name in rows][-1]
+        evaluations[split] |= write_texts(trainer, task, rows[split], processor, generation)
     if trainer.is_world_process_zero():
-        report(trainer, task, splits, run, evaluations, seconds)
+        settings = in_plain_words(model_arguments, data, run, generation, training, privacy)
+        report(trainer, task, splits, run, evaluations, seconds, settings)
 
 
 def wanted_checkpoint(training: TrainingArguments) -> str | bool | None:
@@ -74,7 +85,9 @@ def wanted_checkpoint(training: TrainingArguments) -> str | bool | None:
     return {"true": True, "false": None}.get(str(wanted).lower(), wanted)
 
 
-def refuse_unfit(run: RunArguments, training: TrainingArguments) -> None:
+def refuse_unfit(
+    task: Task, run: RunArguments, generation: GenerationArguments, training: TrainingArguments
+) -> None:
     """Refuses, before any work, what this script cannot do."""
     if training.push_to_hub:
         raise ConfigurationError(
@@ -83,6 +96,9 @@ def refuse_unfit(run: RunArguments, training: TrainingArguments) -> None:
         )
     if run.plots:
         require_plotting()
+    if task.writing and generation.generate:
+        require_metrics()
+        decoding(generation, training)
 
 
 def build_trainer(
@@ -133,6 +149,45 @@ def evaluate(trainer: Trainer, task: Task, splits: dict[str, PreparedSplit]) -> 
     return evaluations
 
 
+def decoding(generation: GenerationArguments, training: TrainingArguments) -> Decoding:
+    """How texts are chosen; refuses settings that contradict each other."""
+    return Decoding(
+        num_beams=generation.num_beams,
+        min_new_tokens=generation.min_new_tokens,
+        max_new_tokens=generation.max_new_tokens,
+        length_penalty=generation.length_penalty,
+        batch_size=training.per_device_eval_batch_size,
+    )
+
+
+def write_texts(
+    trainer: Trainer, task: Task, rows: Dataset, processor: Processor, generation: GenerationArguments
+) -> dict[str, float]:
+    """Lets the model write for every prompt of a split, keeps the texts, returns their scores."""
+    written = evaluate_generation(
+        model=trainer.model,
+        tokenizer=processor,
+        rows=rows,
+        writing=task.writing,
+        decoding=decoding(generation, trainer.args),
+        max_groups=generation.max_generated,
+    )
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.args.output_dir) / "generated.json", written.records())
+    return {**written.metrics, "prompts": len(written.samples)}
+
+
+def in_plain_words(*settings: object) -> dict[str, object]:
+    """What the run was told, for metrics.json: every setting that differs from its default."""
+    told: dict[str, object] = {}
+    for group in settings:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if field.init and field.name not in NOT_SETTINGS and value != field.default:
+                told[field.name] = value if isinstance(value, (bool, int, float, list)) else str(value)
+    return told
+
+
 def report(
     trainer: Trainer,
     task: Task,
@@ -140,6 +195,7 @@ def report(
     run: RunArguments,
     evaluations: dict[str, dict[str, float]],
     seconds: float,
+    settings: dict[str, object],
 ) -> None:
     """Prints and writes the results and, for a private run, the privacy statement."""
     output = Path(trainer.args.output_dir)
@@ -158,7 +214,12 @@ def report(
     baselines = {name: task.baseline(splits[name].dataset) for name in evaluations} if task.baseline else {}
     history = trainer.state.log_history
     record = metrics_record(
-        task=task, evaluations=evaluations, baselines=baselines, privacy=spent, seconds=seconds
+        task=task,
+        evaluations=evaluations,
+        baselines=baselines,
+        privacy=spent,
+        seconds=seconds,
+        settings=settings,
     )
     write_json(output / "metrics.json", record)
     write_json(output / "log_history.json", history)

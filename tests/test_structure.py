@@ -77,6 +77,8 @@ MAY_IMPORT = {
     "trainer": TRAINER,
     "optim": ("errors",),
     "optim.*": ("errors", "optim.*"),
+    "tasks.metrics": ("errors", "tasks.metrics.*"),
+    "tasks.metrics.*": ("errors", "tasks.metrics.*"),
     "tasks": (*TRAINER, "tasks.*"),
     "tasks.*": (*TRAINER, "tasks.*"),
 }
@@ -89,7 +91,11 @@ ONLY_IN = {
     "dp_accounting": ("privacy.accounting",),
     "opacus": ("privacy.accounting",),
     "datasets": ("tasks.*",),
+    "evaluate": ("tasks.metrics.*",),
+    "nltk": ("tasks.metrics.*",),
     "peft": ("tasks.*",),
+    "rouge_score": ("tasks.metrics.*",),
+    "sacrebleu": ("tasks.metrics.*",),
     "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "distributed", "optim.*", "tasks.*"),
 }  # fmt: skip
 

@@ -117,6 +117,26 @@ class DataArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationArguments:
+    """How a task whose answers are texts is evaluated after training; other tasks take no notice."""
+
+    generate: bool = field(
+        default=True, metadata={"help": "Let the trained model write, and score it against all references."}
+    )
+    num_beams: int = field(default=5, metadata={"help": "Candidates that beam search keeps."})
+    min_new_tokens: int = field(default=5, metadata={"help": "A text does not end before so many tokens."})
+    max_new_tokens: int = field(default=100, metadata={"help": "A text is cut after so many tokens."})
+    length_penalty: float = field(default=1.0, metadata={"help": "Above 1 favours longer texts."})
+    max_generated: int | None = field(
+        default=None,
+        metadata={"help": "Write for the first so many prompts of the split; for all if left out."},
+    )
+
+    def __post_init__(self) -> None:
+        _positive("max_generated", self.max_generated)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunArguments:
     """What the run does beside training."""
 

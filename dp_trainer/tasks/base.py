@@ -60,6 +60,21 @@ class PreparedSplit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a model is asked to write, for a task that is solved by texts.
+
+    Attributes:
+        prompt_column: Rows with the same text here are one prompt with several references.
+        reference_column: What people wrote.
+        encode: ``(prompts, tokenizer) -> token ids``: what stood before each reference in training.
+    """
+
+    prompt_column: str
+    reference_column: str
+    encode: Callable[[list[str], Tokenizer], list[list[int]]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """Everything that is particular to one task.
 
@@ -89,6 +104,7 @@ class Task:
         metric: The metric that tells how well the task is solved, without the ``eval_`` prefix.
         metric_label: The same for people, as on a plot's axis.
         baseline: ``prepared split -> the metric of the best constant answer``, or None.
+        writing: How to let a trained model write, for tasks whose answers are texts; None for others.
         label_words: The same task answered by label words at a mask; None if it has no template.
     """
 
@@ -112,6 +128,7 @@ class Task:
     metric: str
     metric_label: str
     baseline: Callable[[Dataset], float] | None = None
+    writing: Writing | None = None
     label_words: Task | None = None
 
     @property

@@ -21,10 +21,25 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq
 
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.tasks.base import BundledData, Dataset, PreparedSplit, Task, Tokenizer, refuse_missing_texts
+from dp_trainer.tasks.base import (
+    BundledData,
+    Dataset,
+    PreparedSplit,
+    Task,
+    Tokenizer,
+    Writing,
+    refuse_missing_texts,
+)
 
 SEPARATOR = " ||"
 IGNORED = -100
+
+
+def encode_prompts(meanings: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Returns the tokens that stand before each reference: what a trained model continues."""
+    sources = tokenizer([meaning + SEPARATOR for meaning in meanings], add_special_tokens=False)
+    ids: list[list[int]] = sources["input_ids"]
+    return ids
 
 
 def encode_pairs(
@@ -35,7 +50,7 @@ def encode_pairs(
     The two sides are tokenised apart, so that the border of the labels falls on
     a token border whatever the tokenizer merges.
     """
-    sources = tokenizer([meaning + SEPARATOR for meaning in meanings], add_special_tokens=False)["input_ids"]
+    sources = encode_prompts(meanings, tokenizer)
     # The leading space makes the reference's first word the token it is inside a text.
     targets = tokenizer([" " + reference.strip() for reference in references], add_special_tokens=False)[
         "input_ids"
@@ -113,4 +128,7 @@ E2E = Task(
     preprocess_logits=token_losses,
     metric="perplexity",
     metric_label="perplexity of the reference tokens",
+    writing=Writing(
+        prompt_column="meaning_representation", reference_column="human_reference", encode=encode_prompts
+    ),
 )

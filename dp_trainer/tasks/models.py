@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.arguments import ModelArguments
@@ -203,6 +204,8 @@ def add_lora(model: nn.Module, task: Task, arguments: ModelArguments) -> nn.Modu
                 r=arguments.lora_rank,
                 lora_alpha=arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha,
                 target_modules=arguments.lora_target_modules,
+                # GPT-2's layers keep their weights the other way round; peft corrects a wrong value with a warning.
+                fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
                 task_type=ADAPTED_AS.get(task.auto_model),
                 modules_to_save=_heads(model)
                 if task.auto_model == "AutoModelForImageClassification"

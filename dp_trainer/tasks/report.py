@@ -12,10 +12,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.tasks.base import Task
@@ -61,6 +64,7 @@ def metrics_record(
     baselines: Mapping[str, float],
     privacy: PrivacySpent | None,
     seconds: float,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Collects a run's results for metrics.json.
 
@@ -70,6 +74,7 @@ def metrics_record(
         baselines: Split → the metric of the best constant answer, where there is one.
         privacy: What was spent; None for a run without privacy.
         seconds: Duration of the training.
+        settings: What the run was told, as plain values; it makes the numbers repeatable.
     """
     return {
         "task": task.name,
@@ -83,7 +88,24 @@ def metrics_record(
         "delta": None if privacy is None else privacy.delta,
         "steps": None if privacy is None else privacy.steps,
         "training_seconds": seconds,
+        "peak_memory_gib": peak_memory_gib(),
+        "settings": settings,
     }
+
+
+def peak_memory_gib() -> float | None:
+    """The largest memory that this process has held so far, in GiB: the GPU's, or without one the process's.
+
+    None where the system does not tell.
+    """
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def summary_lines(record: Mapping[str, Any], metric_label: str) -> list[str]:

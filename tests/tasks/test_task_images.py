@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import reference
 import torch
 import yaml
 from PIL import Image
+from toys import CLASSES, draw
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -32,20 +32,8 @@ from dp_trainer.tasks.loading import load_rows, prepare_splits
 from dp_trainer.tasks.models import load_model, load_processor
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
-CLASSES = ("cat", "dog", "eel")
 TASK = TASKS["image_folder"]
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
-
-
-def draw(folder, split, *, count=4, classes=CLASSES, mode="RGB"):
-    """Tiny pictures, bright in another channel for each class."""
-    generator = np.random.default_rng(len(split))
-    for place, name in enumerate(classes):
-        (folder / split / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = generator.integers(0, 120, (6 + i, 9, 3), dtype=np.uint8)
-            pixels[..., place % 3] += 120
-            Image.fromarray(pixels).convert(mode).save(folder / split / name / f"{i}.png")
 
 
 @pytest.fixture

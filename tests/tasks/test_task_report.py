@@ -42,9 +42,13 @@ def test_record_and_summary_name_baseline_and_privacy():
         baselines={"validation": 0.52},
         privacy=SPENT,
         seconds=1.5,
+        settings={"task": "sentiment"},
     )
     assert record["splits"]["validation"] == {"accuracy": 0.75, "loss": 0.5, "baseline": 0.52}
     assert record["epsilon"] == math.sqrt(3)
+    assert record["settings"] == {"task": "sentiment"}
+    # The interpreter with torch alone takes more than this, and no test machine holds so much.
+    assert 0.05 < record["peak_memory_gib"] < 1000
     assert summary_lines(record, "accuracy") == [
         "validation: accuracy 0.7500 (best constant answer 0.5200)",
         "privacy: ε = 1.733 at δ = 1e-05 after 3 steps",
@@ -53,7 +57,12 @@ def test_record_and_summary_name_baseline_and_privacy():
 
 def test_a_run_without_privacy_says_so():
     record = metrics_record(
-        task=TASKS["e2e"], evaluations={"test": {"perplexity": 9.0}}, baselines={}, privacy=None, seconds=1.0
+        task=TASKS["e2e"],
+        evaluations={"test": {"perplexity": 9.0}},
+        baselines={},
+        privacy=None,
+        seconds=1.0,
+        settings={},
     )
     assert record["private"] is False
     assert record["epsilon"] is None

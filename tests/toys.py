@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -12,12 +14,13 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 WORDS = ("terrible", "great", "yes", "maybe", "no")
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 # Without dropout, a pass can be repeated and compared.
 CALM = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
+CLASSES = ("cat", "dog", "eel")
 COLUMNS = {
     "sst2": ("sentence",),
     "sentiment": ("sentence",),
@@ -101,3 +104,14 @@ def rows_of(task, count, *, classes=2):
 def write_rows(folder, split, rows):
     folder.mkdir(exist_ok=True)
     (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def draw(folder, split, *, count=4, classes=CLASSES, mode="RGB"):
+    """Tiny pictures, bright in another channel for each class."""
+    generator = np.random.default_rng(len(split))
+    for place, name in enumerate(classes):
+        (folder / split / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 120, (6 + i, 9, 3), dtype=np.uint8)
+            pixels[..., place % 3] += 120
+            Image.fromarray(pixels).convert(mode).save(folder / split / name / f"{i}.png")
