@@ -32,7 +32,7 @@ TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-kills test-distributed lint format zoo adapters precision bench bench-scaling bench-overhead bench-throughput clean
+.PHONY: help quickstart test test-slow test-kills test-distributed lint format zoo adapters precision configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test: $(DEV)  ## Run the tests, but for the slow ones
 
 test-slow: $(DEV)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-configs: $(DEV)  ## Run two steps of every config on toy models, and work out all their plans anew (some minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_configs.py
 
 test-kills: $(DEV)  ## Kill runs 50 times with SIGKILL and resume them; writes docs/faults.md (KILLS=… for more)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore -m faults --kills $(KILLS) --write docs/faults.md
@@ -70,6 +73,9 @@ adapters: $(DEV)  ## The same for the methods of PEFT; writes docs/peft.md
 precision: $(DEV)  ## Measure norms in bfloat16; writes docs/precision.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/precision.py --write docs/precision.md
 
+configs: $(DEV)  ## Work out σ and ε of every config; writes docs/configs.md
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/config_plans.py --write docs/configs.md
+
 bench: $(DEV)  ## Time private against ordinary steps; writes docs/performance.md (ROUNDS="10 4" for more rounds)
 	$(BENCH) --micro-batches 1 8 --rounds $(ROUNDS)
 
@@ -81,6 +87,9 @@ bench-overhead: $(DEV)  ## Calls of a step, and what each costs
 
 bench-throughput: $(DEV)  ## Whole runs on text (GPT2_TOKENIZER=, ROBERTA_TOKENIZER=, SST2_DATA= add E2E and SST-2)
 	$(BENCH) --throughput --rounds $(RUN_ROUNDS) $(TEXTS)
+
+ablation: $(DEV)  ## Findings about automatic clipping at small scale; writes docs/findings.md (a quarter of an hour on one core)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python scripts/ablation.py --write docs/findings.md
 
 clean:  ## Remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
