@@ -218,6 +218,7 @@ def report(
         evaluations=evaluations,
         baselines=baselines,
         privacy=spent,
+        steps=trainer.state.global_step,
         seconds=seconds,
         settings=settings,
     )

@@ -63,6 +63,7 @@ def metrics_record(
     evaluations: Mapping[str, Mapping[str, float]],
     baselines: Mapping[str, float],
     privacy: PrivacySpent | None,
+    steps: int,
     seconds: float,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def metrics_record(
         evaluations: Split → metrics of the final model, without a prefix.
         baselines: Split → the metric of the best constant answer, where there is one.
         privacy: What was spent; None for a run without privacy.
+        steps: Optimizer steps that the weights have seen.
         seconds: Duration of the training.
         settings: What the run was told, as plain values; it makes the numbers repeatable.
     """
@@ -86,7 +88,7 @@ def metrics_record(
         "private": privacy is not None,
         "epsilon": None if privacy is None else privacy.epsilon,
         "delta": None if privacy is None else privacy.delta,
-        "steps": None if privacy is None else privacy.steps,
+        "steps": steps,
         "training_seconds": seconds,
         "peak_memory_gib": peak_memory_gib(),
         "settings": settings,

@@ -41,6 +41,7 @@ def test_record_and_summary_name_baseline_and_privacy():
         evaluations={"validation": {"accuracy": 0.75, "loss": 0.5}},
         baselines={"validation": 0.52},
         privacy=SPENT,
+        steps=3,
         seconds=1.5,
         settings={"task": "sentiment"},
     )
@@ -61,11 +62,13 @@ def test_a_run_without_privacy_says_so():
         evaluations={"test": {"perplexity": 9.0}},
         baselines={},
         privacy=None,
+        steps=7,
         seconds=1.0,
         settings={},
     )
     assert record["private"] is False
     assert record["epsilon"] is None
+    assert record["steps"] == 7
     assert "privacy: none" in summary_lines(record, "perplexity")[-1]
 
 
