@@ -87,6 +87,18 @@ class PrivacyArguments:
             "For debugging only: fixes the noise, so that whoever knows the seed can remove it."
         ),
     )
+    secure_noise: bool = field(
+        default=False,
+        metadata=_setting(
+            "Noise that withstands a look at its last digits too, from a cipher on every device; slower."
+        ),
+    )
+    release_training_metrics: bool = field(
+        default=False,
+        metadata=_setting(
+            "Let pushed models and model cards carry losses and evaluation results, which no noise protects."
+        ),
+    )
     certificate_samples: int = field(
         default=8,
         metadata=_setting(
@@ -136,6 +148,12 @@ class PrivacyArguments:
         if self.sampling == "full_batch" and self.batch_cap is not None:
             raise _wrong(
                 "batch_cap", self.batch_cap, "has no meaning with sampling='full_batch'; leave it out"
+            )
+        if self.secure_noise and self.insecure_noise_seed is not None:
+            raise _wrong(
+                "insecure_noise_seed",
+                self.insecure_noise_seed,
+                "contradicts secure_noise; leave one of them out",
             )
         self.clipping_function()
 
@@ -194,6 +212,9 @@ class PrivacyArguments:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise _wrong(name, value, "must be a whole number")
+        for name in ("secure_noise", "release_training_metrics"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "must be true or false")
 
 
 def _wrong(name: str, value: object, fact: str) -> ConfigurationError:

@@ -82,12 +82,12 @@ class Ranks:
         dist.broadcast(sent, src=0)
         return SecretKey(int.from_bytes(bytes(sent.tolist()), "big"), secure=True)
 
-    def noise_generator(self, *, insecure_seed: int | None = None) -> NoiseGenerator:
+    def noise_generator(self, *, insecure_seed: int | None = None, on_grid: bool = False) -> NoiseGenerator:
         """Returns this rank's own generator: a secret key of its own, or a fixed seed of its own."""
         if insecure_seed is not None:
             # Equal seeds would put equal noise on different entries.
             insecure_seed += self.rank << 64
-        return NoiseGenerator(device=self.device, insecure_seed=insecure_seed)
+        return NoiseGenerator(device=self.device, insecure_seed=insecure_seed, on_grid=on_grid)
 
     def check_same(self, what: Mapping[str, Any]) -> None:
         """Raises unless all ranks call it with equal values.

@@ -96,6 +96,8 @@ def release(
     # Each rank's noise covers all ranks' contributions, on whatever device they were rounded.
     noise_std = plan.noise_std * (1 + ranks.most(rounding_margin))
     parameters = dict(model.named_parameters())
+    entries = sum(parameters[name].numel() for name in clipped.gradients)
+    noise_std += plan.noise_multiplier * noise.added_sensitivity(noise_std, entries)
     # The divisor is a public constant: dividing by the drawn size would break the sensitivity bound.
     for name, mean in ranks.add_noise_once_(clipped.gradients, noise, noise_std, divisor=plan.divisor):
         parameters[name].grad = mean.to(parameters[name].dtype)

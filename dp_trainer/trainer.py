@@ -9,15 +9,14 @@ optimizer steps, releases and ``state.global_step`` are the same count.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -33,11 +32,12 @@ from dp_trainer.gradients.independence import check_independence, repeatable
 from dp_trainer.gradients.sharding import put_to_rest
 from dp_trainer.gradients.strategies import MicroBatch, PerSampleLoss
 from dp_trainer.losses import HeadLoss, check_against_model_loss, custom_loss, inside, per_sample_loss_for
+from dp_trainer.planning import computed_outside, plan_of_run
 from dp_trainer.preemption import saves_on_sigterm
 from dp_trainer.privacy.accountant import PrivacyAccountant
-from dp_trainer.privacy.plan import PrivacyPlan, make_plan
-from dp_trainer.privacy.sampling import steps_per_epoch
+from dp_trainer.privacy.plan import PrivacyPlan
 from dp_trainer.privacy.statement import PrivacyStatement, privacy_statement
+from dp_trainer.publication import PublishingTrainer, refuse_unpublishable
 from dp_trainer.refusals import (
     refuse_foreign_parameters,
     refuse_unsupported_arguments,
@@ -47,6 +47,7 @@ from dp_trainer.refusals import (
     with_fixed_arguments,
 )
 from dp_trainer.release import release
+from dp_trainer.searching import SearchingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ _CERTIFICATE_POOL = 64
 _STEPS_BETWEEN_LOOKS = 50
 
 
-class DPTrainer(Trainer):  # type: ignore[misc]
+class DPTrainer(PublishingTrainer, SearchingTrainer):
     """A ``Trainer`` whose every optimizer step sees a differentially private gradient.
 
     Guarantee: the trained weights are (ε, δ)-differentially private with respect
@@ -102,6 +103,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             logger.warning("certificate_samples=0: gradients are not checked against plain autograd.")
         refuse_unsupported_arguments(args)
         refuse_unsupported_optimizer(optimizers[0])
+        refuse_unpublishable(args, privacy)
         self.privacy = privacy
         self._accumulation = args.gradient_accumulation_steps
         self._steps_wanted = args.max_steps
@@ -128,7 +130,9 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         self._dropped_samples = 0
         refuse_unsupported_backend(self.accelerator)
         self._ranks = Ranks.current(self.args.device)
-        self._noise = self._ranks.noise_generator(insecure_seed=privacy.insecure_noise_seed)
+        self._noise = self._ranks.noise_generator(
+            insecure_seed=privacy.insecure_noise_seed, on_grid=privacy.secure_noise
+        )
         self._accountant: PrivacyAccountant | None = None
         if train_dataset is not None:
             refuse_unsupported_modules(self.model)
@@ -151,35 +155,29 @@ class DPTrainer(Trainer):  # type: ignore[misc]
 
     def privacy_statement(self) -> PrivacyStatement:
         """States what is guaranteed for the weights as they are now, and what is not."""
-        outside = []
-        if any(key.startswith("eval_") for entry in self.state.log_history for key in entry):
-            outside.append("evaluation during training, on the evaluation data")
-        if self.args.load_best_model_at_end:
-            outside.append("the choice of the best checkpoint by evaluation results")
         return privacy_statement(
             self.plan,
             steps=self.accountant.steps_spent,
             certificate=self.certificate.describe() if self.certificate else None,
             generator=self._noise.describe(),
-            other_computations=outside,
+            other_computations=computed_outside(self.args, self.state, self.search_cost),
         )
 
+    def published_statement(self) -> PrivacyStatement | None:
+        """The statement that goes with saved weights; None before the first release."""
+        if self._accountant is None or not self.accountant.steps_spent:
+            return None
+        statement = self.privacy_statement()
+        return statement if self.privacy.release_training_metrics else statement.published()
+
     def _make_plan(self) -> PrivacyPlan:
-        if not isinstance(self.train_dataset, Sized):
-            raise ConfigurationError(
-                "train_dataset has no length, and the sampling probability needs one. Use a map-style dataset, "
-                "for instance datasets.Dataset.from_generator(...)."
-            )
-        rows = len(self.train_dataset)
-        stated = self.args.train_batch_size * self._accumulation * self.args.world_size
-        batch = self.privacy.expected_batch_size or stated
-        # A stated public size also decides the number of steps, which would else show the true one.
-        size = self.privacy.dataset_size or rows
-        steps = self._steps_wanted
-        if steps <= 0:
-            drawn = size if self.privacy.sampling == "full_batch" else batch
-            steps = math.ceil(self.args.num_train_epochs * steps_per_epoch(size, drawn))
-        return make_plan(self.privacy, dataset_size=rows, expected_batch_size=batch, steps=steps)
+        return plan_of_run(
+            self.args,
+            self.privacy,
+            self.train_dataset,
+            accumulation=self._accumulation,
+            steps_wanted=self._steps_wanted,
+        )
 
     # The Trainer's extension points.
 
@@ -310,12 +308,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
         wait = self.accelerator.wait_for_everyone
         with checkpoints.saving(folder, self.args, self.state, self.accountant, wait=wait):
             super()._save_checkpoint(model, trial)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model, and beside it the privacy statement of its weights."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and self._accountant is not None and self.accountant.steps_spent:
-            records.save_statement(Path(output_dir or self.args.output_dir), self.privacy_statement())
+        self.push_checkpoint(folder)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """The expected logical batch size."""
@@ -335,6 +328,7 @@ class DPTrainer(Trainer):  # type: ignore[misc]
             self._steps_wanted = self.args.max_steps
         self.args = with_fixed_arguments(self.args)
         self._accountant = PrivacyAccountant(self._make_plan())
+        self._trials = (*self._trials, self._accountant)
         self._certified = None
 
     def _training_data(self) -> tuple[Any, Any]:

@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     if task.writing and generation.generate:
         split = [name for name in task.evaluation_splits if name in rows][-1]
         evaluations[split] |= write_texts(trainer, task, rows[split], processor, generation)
+    if training.push_to_hub:
+        trainer.push_to_hub()  # the model, its card and its statement, nothing that was measured
     if trainer.is_world_process_zero():
         settings = in_plain_words(model_arguments, data, run, generation, training, privacy)
         report(trainer, task, splits, run, evaluations, seconds, settings)
@@ -89,10 +91,10 @@ def refuse_unfit(
     task: Task, run: RunArguments, generation: GenerationArguments, training: TrainingArguments
 ) -> None:
     """Refuses, before any work, what this script cannot do."""
-    if training.push_to_hub:
+    if training.push_to_hub and not run.private:
         raise ConfigurationError(
-            "push_to_hub: would publish losses and evaluations that no noise protects. "
-            "Train without it, then upload the folder model/ and the privacy statement."
+            "push_to_hub: without privacy it would publish losses and evaluations that no noise protects. "
+            "Train without it, then upload the folder model/."
         )
     if run.plots:
         require_plotting()

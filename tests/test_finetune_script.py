@@ -151,7 +151,7 @@ def test_ordinary_run_claims_no_privacy(workplace, run_here):
         (["--task", "sst3"], "Did you mean 'sst2'?"),
         (["--trainable", "LayerNrom"], "'LayerNorm'"),
         (["--data", "./nowhere"], "no such folder"),
-        (["--push_to_hub"], "upload the folder model/"),
+        (["--push_to_hub", "--private", "false"], "upload the folder model/"),
     ],
 )
 def test_refusals_are_one_line_and_exit_2(run_here, words, message):

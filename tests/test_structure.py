@@ -29,7 +29,7 @@ ENGINE = (*CAPTURE, *SAMPLES, "gradients.*", "privacy.clipping")
 RELEASE = (*ENGINE, *NUMBERS, "release", "distributed")
 TRAINER = (
     *(*RELEASE, "batch_norm", "arguments", "records", "checkpoints", "workers", "preemption", "refusals"),
-    "trainer",
+    *("planning", "publication", "searching", "trainer"),
 )
 MAY_IMPORT = {
     "__init__": ("*",),  # for type checkers only; a test below holds it to loading nothing
@@ -74,6 +74,9 @@ MAY_IMPORT = {
     "workers": ("errors",),
     "preemption": ("errors", "distributed"),
     "refusals": TRAINER,
+    "planning": (*NUMBERS, "arguments"),
+    "searching": NUMBERS,
+    "publication": (*NUMBERS, "arguments", "records", "checkpoints"),
     "trainer": TRAINER,
     "optim": ("errors",),
     "optim.*": ("errors", "optim.*"),
@@ -96,7 +99,7 @@ ONLY_IN = {
     "peft": ("tasks.*",),
     "rouge_score": ("tasks.metrics.*",),
     "sacrebleu": ("tasks.metrics.*",),
-    "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "distributed", "optim.*", "tasks.*"),
+    "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "planning", "publication", "searching", "distributed", "optim.*", "tasks.*"),
 }  # fmt: skip
 
 

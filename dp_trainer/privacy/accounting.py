@@ -35,8 +35,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import dp_accounting
+import numpy as np
+import numpy.typing as npt
 from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from scipy import stats  # type: ignore[import-untyped]
 
 from dp_trainer.errors import ConfigurationError
@@ -338,6 +340,29 @@ def renyi_epsilon_without_cap(
     with _quiet_absl():
         accountant = RdpAccountant(orders=list(orders)).compose(release, steps)
         return float(accountant.get_epsilon(delta))
+
+
+def renyi_divergences(mechanism: Mechanism) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Orders, and bounds on one release's Rényi divergences at them, the cap included; needs noise."""
+    orders, weight = np.asarray(_ORDERS, dtype=np.float64), mechanism.cap_probability
+    found = []
+    for noise_multiplier in (mechanism.noise_multiplier, mechanism.noise_multiplier / 2.0):
+        event = dp_accounting.GaussianDpEvent(noise_multiplier)
+        with _quiet_absl():
+            accountant = RdpAccountant(orders=list(_ORDERS)).compose(
+                dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, event)
+            )
+        found.append(np.asarray(accountant.rdp))
+    if weight == 0.0:
+        return orders, found[0]
+    # exp((order - 1) · divergence) is convex in the pair of outputs: the mixture's is at most the mean of both.
+    plain, replacing = ((orders - 1.0) * divergences for divergences in found)
+    return orders, np.logaddexp(math.log1p(-weight) + plain, math.log(weight) + replacing) / (orders - 1.0)
+
+
+def epsilon_of_divergences(orders: Sequence[float], divergences: Sequence[float], delta: float) -> float:
+    """ε of a mechanism whose Rényi divergences are bounded so."""
+    return float(compute_epsilon(orders, divergences, delta)[0])
 
 
 def _prv_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:

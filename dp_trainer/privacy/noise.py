@@ -9,7 +9,8 @@ them all, and its state follows from what it has put out: a parameter that no
 sample uses shows pure noise. So there the bits are a cipher's keystream, AES-256
 in counter mode, and the Box-Muller transform makes them Gaussian; that is also
 faster than numpy's generators. On other devices torch's generator is a Philox
-with a 64-bit key. Neither defends against attacks on the floating-point grid of the noise.
+with a 64-bit key. Neither defends against attacks on the floating-point grid of the noise:
+``grid_noise`` does, more slowly, on request.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
 from dp_trainer.errors import ConfigurationError
+from dp_trainer.privacy.grid_noise import GridNoise, added_sensitivity
 from dp_trainer.privacy.sampling import insecure_key, refuse_to_store
 
 _DEVICE_KEY_BITS = 64
@@ -91,13 +93,17 @@ class NoiseGenerator:
         device: Where the noise is made.
         insecure_seed: A fixed key, for tests and debugging: anyone who knows it can
             subtract the noise. None, the default, draws a secret key.
+        on_grid: Whether the noise must also withstand a look at its last digits; a cipher makes it
+            then on every device. See ``grid_noise``.
 
     Raises:
         ConfigurationError: On a std that is not finite or is negative, a tensor in
             half precision, or an attempt to serialize.
     """
 
-    def __init__(self, *, device: torch.device | str, insecure_seed: int | None = None) -> None:
+    def __init__(
+        self, *, device: torch.device | str, insecure_seed: int | None = None, on_grid: bool = False
+    ) -> None:
         self.device = torch.device(device)
         self._secure = insecure_seed is None
         self._process = os.getpid()
@@ -107,10 +113,11 @@ class NoiseGenerator:
             if insecure_seed is None
             else insecure_key(insecure_seed).reveal()
         )
-        self._keystream: _Keystream | None = None
+        self._keystream: _Keystream | GridNoise | None = None
         self._torch: torch.Generator | None = None
-        if self.device.type == "cpu":
-            self._keystream = _Keystream(number.to_bytes(_CIPHER_KEY_BITS // 8, "big"))
+        if on_grid or self.device.type == "cpu":
+            kind = GridNoise if on_grid else _Keystream
+            self._keystream = kind(number.to_bytes(_CIPHER_KEY_BITS // 8, "big"))
         else:
             self._torch = torch.Generator(device=self.device)
             self._torch.manual_seed(number % 2**_DEVICE_KEY_BITS)
@@ -129,7 +136,19 @@ class NoiseGenerator:
             if self._keystream
             else f"Philox with {_DEVICE_KEY_BITS} bits"
         )
-        return f"{source}, key from the operating system's entropy, float32 Gaussian"
+        shape = "float32 Gaussian"
+        if isinstance(self._keystream, GridNoise):
+            shape = "sum of four float64 Gaussians, added to the sum on a common grid"
+        return f"{source}, key from the operating system's entropy, {shape}"
+
+    def added_sensitivity(self, std: float, entries: int) -> float:
+        """What the noise's grid adds to the sensitivity of a sum of so many entries; 0 without a grid.
+
+        Args:
+            std: Standard deviation of the noise, which may be up to doubled to cover the result.
+            entries: Number of entries of the whole sum.
+        """
+        return added_sensitivity(std, entries) if isinstance(self._keystream, GridNoise) else 0.0
 
     def gaussian(self, shape: Sequence[int], std: float) -> Tensor:
         """Returns fresh noise.
@@ -171,7 +190,7 @@ class NoiseGenerator:
         if std == 0.0:
             return tensor if divisor == 1 else tensor.div_(divisor)
         if not tensor.is_contiguous():
-            return tensor.add_(self.gaussian(tensor.shape, std)).div_(divisor)
+            return tensor.copy_(self.add_noise_(tensor.contiguous(), std, divisor=divisor))
         self._add_to_(tensor.view(-1), std, divisor)
         return tensor
 

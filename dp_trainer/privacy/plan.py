@@ -62,6 +62,7 @@ class PrivacyPlan:
         grid: Width of the accountant's grid of losses for ``epsilon``; None where it uses none.
         accountant: Which accountant decides.
         noise_is_secure: Whether the noise's key is secret.
+        noise_on_grid: Whether the noise withstands a look at its last digits (``secure_noise``).
     """
 
     dataset_size: int
@@ -80,6 +81,7 @@ class PrivacyPlan:
     grid: float | None
     accountant: str
     noise_is_secure: bool
+    noise_on_grid: bool
 
     @property
     def noise_std(self) -> float:
@@ -153,6 +155,7 @@ class PrivacyPlan:
             "grid": self.grid,
             "accountant": self.accountant,
             "noise_is_secure": self.noise_is_secure,
+            "noise_on_grid": self.noise_on_grid,
         }
 
     def __str__(self) -> str:
@@ -222,6 +225,7 @@ def make_plan(
         grid=curve.grid,
         accountant=arguments.accountant,
         noise_is_secure=arguments.insecure_noise_seed is None,
+        noise_on_grid=arguments.secure_noise,
     )
     _warn(plan)
     return plan

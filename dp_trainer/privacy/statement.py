@@ -2,7 +2,8 @@
 
 One JSON for machines, one page for people, one section for a model card. It
 holds no secret and no number that was computed on the data, except what the
-certificate measured, which stays out of the model card.
+certificate measured, which stays out of the model card and of what is published.
+``statement.schema.json`` says what each field is; ``verification`` works ε out again.
 """
 
 from __future__ import annotations
@@ -12,22 +13,24 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dp_trainer.privacy.accounting import EpsilonCurve, rounded_up
 from dp_trainer.privacy.attack import attack_rates
 from dp_trainer.privacy.plan import PrivacyPlan
 
+STATEMENT_VERSION = 1
 UNIT = "one sample: one row of the training set"
 NEIGHBOURS = "adding or removing one sample"
-_NEVER_COVERED = (
+NEVER_COVERED = (
     "training losses, gradient norms, clip rates and dropped-sample counts in the logs",
     "evaluation on data that is itself private, and choosing a checkpoint or settings by it",
     "earlier runs on the same data, hyper-parameter searches among them: their ε adds up",
-    "attacks on the generator or on the floating-point grid of the noise, which is pseudo-random",
+    "attacks on the generator, which is pseudo-random, and on how long its steps take",
     "whatever was learned about the data before training, such as a vocabulary or a length limit",
 )
+FLOATING_POINT = "attacks on the floating-point grid of the noise, against which secure_noise helps"
 _PACKAGES = ("dp_trainer", "torch", "transformers", "dp-accounting", "numpy", "scipy")
 
 
@@ -64,24 +67,27 @@ class PrivacyStatement:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader must not overlook; empty for a sound run."""
-        found = []
-        if math.isinf(self.epsilon):
-            found.append("NO PRIVACY: no finite ε holds for this run.")
-        if not self.plan.noise_is_secure or "insecure" in self.generator.lower():
-            found.append(
-                "INSECURE NOISE: the noise came from a fixed seed. Whoever knows or guesses it can remove the noise; "
-                "the guarantee does not hold against them."
-            )
+        return statement_warnings(
+            epsilon=self.epsilon,
+            key_is_secret=self.plan.noise_is_secure,
+            generator=self.generator,
+            certified=self.certificate is not None,
+            delta=self.plan.target_delta,
+            dataset_size=self.plan.dataset_size,
+        )
+
+    @property
+    def not_covered(self) -> tuple[str, ...]:
+        """What the guarantee leaves out, in words."""
+        grid = () if self.plan.noise_on_grid else (FLOATING_POINT,)
+        return (*NEVER_COVERED, *grid, *self.other_computations)
+
+    def published(self) -> PrivacyStatement:
+        """The statement without what the certificate measured on samples; only that it ran, and on how many."""
         if self.certificate is None:
-            found.append(
-                "NO CERTIFICATE: per-sample gradients were not compared with plain autograd, so that each sample's "
-                "contribution is bounded was not checked on this model."
-            )
-        if self.plan.target_delta * self.plan.dataset_size >= 1.0:
-            found.append(
-                "LARGE δ: δ is not below 1/N, which would allow to publish a whole sample now and then."
-            )
-        return tuple(found)
+            return self
+        said = {"samples": self.certificate.get("samples"), "measurements": "withheld"}
+        return replace(self, certificate=said)
 
     @property
     def accounting(self) -> str:
@@ -92,6 +98,7 @@ class PrivacyStatement:
         """The statement as plain data; what is infinite becomes None."""
         plan = self.plan
         return {
+            "statement_version": STATEMENT_VERSION,
             "warnings": list(self.warnings),
             "epsilon": _finite(self.epsilon),
             "delta": plan.target_delta,
@@ -105,7 +112,7 @@ class PrivacyStatement:
             "plan": plan.describe(),
             "noise_generator": self.generator,
             "certificate": None if self.certificate is None else dict(self.certificate),
-            "not_covered": [*_NEVER_COVERED, *self.other_computations],
+            "not_covered": list(self.not_covered),
             "versions": dict(self.versions),
         }
 
@@ -192,8 +199,30 @@ class PrivacyStatement:
         return [
             "The guarantee covers the weights only. It does not cover:",
             "",
-            *(f"- {item}" for item in (*_NEVER_COVERED, *self.other_computations)),
+            *(f"- {item}" for item in self.not_covered),
         ]
+
+
+def statement_warnings(
+    *, epsilon: float, key_is_secret: bool, generator: str, certified: bool, delta: float, dataset_size: int
+) -> tuple[str, ...]:
+    """Returns what a reader must not overlook, given what a statement says."""
+    found = []
+    if math.isinf(epsilon):
+        found.append("NO PRIVACY: no finite ε holds for this run.")
+    if not key_is_secret or "insecure" in generator.lower():
+        found.append(
+            "INSECURE NOISE: the noise came from a fixed seed. Whoever knows or guesses it can remove the noise; "
+            "the guarantee does not hold against them."
+        )
+    if not certified:
+        found.append(
+            "NO CERTIFICATE: per-sample gradients were not compared with plain autograd, so that each sample's "
+            "contribution is bounded was not checked on this model."
+        )
+    if delta * dataset_size >= 1.0:
+        found.append("LARGE δ: δ is not below 1/N, which would allow to publish a whole sample now and then.")
+    return tuple(found)
 
 
 def privacy_statement(
