@@ -32,7 +32,7 @@ TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-kills test-distributed lint format zoo adapters precision configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
+.PHONY: help quickstart test test-slow test-kills audit test-distributed lint format zoo adapters precision configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test-configs: $(DEV)  ## Run two steps of every config on toy models, and work o
 
 test-kills: $(DEV)  ## Kill runs 50 times with SIGKILL and resume them; writes docs/faults.md (KILLS=… for more)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore -m faults --kills $(KILLS) --write docs/faults.md
+
+audit: $(DEV)  ## Plant faults in runs and audit them, and correct runs too; writes docs/audit.md (some minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=tests $(BIN)/python -W ignore -m auditing --write docs/audit.md
 
 test-distributed: $(DEV)  ## Run all tests with two and three processes (some minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v tests/distributed

@@ -92,6 +92,8 @@ class PublishingTrainer(Trainer):  # type: ignore[misc]
         statement = self.published_statement()
         if self.args.should_save and statement is not None:
             folder = Path(output_dir or self.args.output_dir)
+            # A sharded model whose shards are saved with checkpoints alone has written nothing yet.
+            folder.mkdir(parents=True, exist_ok=True)
             put_section(folder / CARD_NAME, statement)
             records.save_statement(folder, statement)
 

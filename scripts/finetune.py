@@ -13,6 +13,7 @@ Writes into ``output_dir``:
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 import time
 from pathlib import Path
@@ -180,13 +181,15 @@ def write_texts(
 
 
 def in_plain_words(*settings: object) -> dict[str, object]:
-    """What the run was told, for metrics.json: every setting that differs from its default."""
+    """What the run was told, for metrics.json: every plain setting that differs from its default."""
     told: dict[str, object] = {}
     for group in settings:
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
-            if field.init and field.name not in NOT_SETTINGS and value != field.default:
-                told[field.name] = value if isinstance(value, (bool, int, float, list)) else str(value)
+            value = value.value if isinstance(value, enum.Enum) else value
+            plain = isinstance(value, (bool, int, float, str, list)) and value != []
+            if field.init and plain and field.name not in NOT_SETTINGS and value != field.default:
+                told[field.name] = value
     return told
 
 

@@ -78,6 +78,8 @@ MAY_IMPORT = {
     "searching": NUMBERS,
     "publication": (*NUMBERS, "arguments", "records", "checkpoints"),
     "trainer": TRAINER,
+    "audit": (),
+    "audit.*": (*TRAINER, "audit.*"),
     "optim": ("errors",),
     "optim.*": ("errors", "optim.*"),
     "tasks.metrics": ("errors", "tasks.metrics.*"),
@@ -99,7 +101,7 @@ ONLY_IN = {
     "peft": ("tasks.*",),
     "rouge_score": ("tasks.metrics.*",),
     "sacrebleu": ("tasks.metrics.*",),
-    "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "planning", "publication", "searching", "distributed", "optim.*", "tasks.*"),
+    "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "planning", "publication", "searching", "distributed", "audit.canaries", "audit.noise", "audit.one_run", "optim.*", "tasks.*"),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from dp_trainer.tasks.report import round_up
 # Fractions in metrics.json, percent in tables, as the field prints them.
 IN_PERCENT = frozenset({"accuracy", "f1"})
 # What the Trainer reports beside the task's metrics.
-_NOT_METRICS = ("loss", "runtime", "per_second", "baseline", "epoch", "preparation_time", "memory")
+_NOT_METRICS = ("loss", "runtime", "per_second", "baseline", "epoch", "preparation_time", "memory", "prompts")
 COLUMNS = (
     *("run", "split", "metric", "here", "best constant answer", "published", "ε", "δ", "σ", "steps"),
     *("time", "memory"),

@@ -157,9 +157,9 @@ def encode(ids: list[list[int]], padding: int, *, label: str) -> Tensor:
     """Mean of the encoder's last states over each sample's tokens, scaled to unit length, (N, D)."""
     import transformers
 
-    from dp_trainer.tasks.models import resolve_model
+    from dp_trainer.tasks.places import resolve_model
 
-    model = transformers.AutoModel.from_pretrained(resolve_model(ENCODER)).eval()
+    model = transformers.AutoModel.from_pretrained(resolve_model(ENCODER).name).eval()
     result_ND = torch.zeros(len(ids), model.config.hidden_size)
     # Neighbours in length share a batch, so little is computed on padding.
     order = sorted(range(len(ids)), key=lambda index: -len(ids[index]))

@@ -101,7 +101,10 @@ class _Statement:
     def to_json(self) -> str:
         return "{}"
 
-    to_prose = to_json
+    to_prose = model_card_section = to_json
+
+    def published(self) -> _Statement:
+        return self
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
