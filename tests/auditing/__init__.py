@@ -1,0 +1,1 @@
+"""Audits of runs with faults planted in them: which layer sees which."""
