@@ -32,7 +32,7 @@ TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-kills audit test-distributed lint format zoo adapters precision configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
+.PHONY: help quickstart test test-slow test-kills audit test-distributed lint format zoo adapters precision calibration configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ adapters: $(DEV)  ## The same for the methods of PEFT; writes docs/peft.md
 
 precision: $(DEV)  ## Measure norms in bfloat16; writes docs/precision.md
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/precision.py --write docs/precision.md
+
+calibration: $(DEV)  ## Time calibration and hold it against finer grids; writes docs/calibration.md (some minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore tests/calibration.py --write docs/calibration.md
 
 configs: $(DEV)  ## Work out σ and ε of every config; writes docs/configs.md
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore tests/config_plans.py --write docs/configs.md

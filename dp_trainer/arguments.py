@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.privacy.accounting import ACCOUNTANTS, SAMPLINGS
+from dp_trainer.privacy.accounting import ACCOUNTANTS
 from dp_trainer.privacy.clipping import CLIPPING_FUNCTIONS, AutomaticClipping, ClippingFunction
+from dp_trainer.privacy.mechanism import NEIGHBOURING_RELATIONS
+from dp_trainer.privacy.sampling import SAMPLINGS
 
+PRIVACY_UNITS = ("sample", "user")
 STRATEGIES = ("automatic", "book_keeping", "two_pass", "direct", "loop")
 
 
@@ -63,6 +66,30 @@ class PrivacyArguments:
     )
     sampling: str = field(
         default="poisson", metadata=_setting("How each logical batch is drawn.", choices=SAMPLINGS)
+    )
+    privacy_unit: str = field(
+        default="sample",
+        metadata=_setting(
+            "Who is protected: each sample, one row of the training set; or each user with all rows. "
+            "expected_batch_size, dataset_size and batch_cap count units.",
+            choices=PRIVACY_UNITS,
+        ),
+    )
+    user_column: str | None = field(
+        default=None, metadata=_setting("Column that says whose row it is; privacy_unit user needs it.")
+    )
+    samples_per_user: int | None = field(
+        default=None,
+        metadata=_setting(
+            "Most rows of one user in one logical batch; the noise grows with it. privacy_unit user needs it."
+        ),
+    )
+    neighbouring_relation: str = field(
+        default="add_or_remove_one",
+        metadata=_setting(
+            "How datasets that must look alike may differ; replace_one makes ε larger for the same noise.",
+            choices=NEIGHBOURING_RELATIONS,
+        ),
     )
     expected_batch_size: int | None = field(
         default=None,
@@ -129,7 +156,13 @@ class PrivacyArguments:
             raise _wrong("target_epsilon", self.target_epsilon, "must be positive")
         if self.noise_multiplier is not None and self.noise_multiplier < 0.0:
             raise _wrong("noise_multiplier", self.noise_multiplier, "must not be negative")
-        for name in ("expected_batch_size", "dataset_size", "batch_cap", "micro_batch_tokens"):
+        for name in (
+            "expected_batch_size",
+            "dataset_size",
+            "batch_cap",
+            "micro_batch_tokens",
+            "samples_per_user",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise _wrong(name, value, "must be at least 1")
@@ -139,12 +172,22 @@ class PrivacyArguments:
             )
         for name, allowed in (
             ("clipping", tuple(CLIPPING_FUNCTIONS)),
+            ("privacy_unit", PRIVACY_UNITS),
             ("sampling", SAMPLINGS),
+            ("neighbouring_relation", NEIGHBOURING_RELATIONS),
             ("accountant", ACCOUNTANTS),
             ("strategy", STRATEGIES),
         ):
             if getattr(self, name) not in allowed:
                 raise _wrong(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        for name in ("user_column", "samples_per_user"):
+            value = getattr(self, name)
+            if self.privacy_unit == "user" and value in (None, ""):
+                raise _wrong(name, value, "is needed with privacy_unit='user'; set it")
+            if self.privacy_unit == "sample" and value is not None:
+                raise _wrong(
+                    name, value, "has no meaning with privacy_unit='sample'; set privacy_unit='user'"
+                )
         if self.sampling == "full_batch" and self.batch_cap is not None:
             raise _wrong(
                 "batch_cap", self.batch_cap, "has no meaning with sampling='full_batch'; leave it out"
@@ -204,6 +247,7 @@ class PrivacyArguments:
             "dataset_size",
             "batch_cap",
             "micro_batch_tokens",
+            "samples_per_user",
             "certificate_samples",
             "insecure_noise_seed",
         ):
@@ -212,6 +256,8 @@ class PrivacyArguments:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise _wrong(name, value, "must be a whole number")
+        if self.user_column is not None and not isinstance(self.user_column, str):
+            raise _wrong("user_column", self.user_column, "must be a column's name")
         for name in ("secure_noise", "release_training_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "must be true or false")

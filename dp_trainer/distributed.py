@@ -44,6 +44,7 @@ from dp_trainer.privacy.sampling import (
     rank_slice,
     steps_per_epoch,
 )
+from dp_trainer.privacy.users import UserSampler, rows_by_user
 
 # Entries reduced at a time: enough for full bandwidth, little beside the gradients themselves.
 _BUCKET = 2**24
@@ -250,24 +251,34 @@ def _digest_of_row(dataset: Any, place: int) -> str:
     return hashlib.sha256(pickle.dumps(row)).hexdigest()
 
 
-def sampler_of(plan: PrivacyPlan, rows: int, ranks: Ranks, lengths: Sequence[int] | None) -> Any:
+def sampler_of(
+    plan: PrivacyPlan, dataset: Any, user_column: str | None, ranks: Ranks, lengths: Sequence[int] | None
+) -> Any:
     """Returns the sampler of a plan: of whole draws, or of this rank's share of each.
 
     Args:
         plan: The run's numbers.
-        rows: Samples at hand.
+        dataset: The training set.
+        user_column: Where each row names its user, if users are the unit.
         ranks: The processes; all of them call it, and get the same fresh key.
         lengths: See ``RankSampler``.
     """
     steps = steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
-    sampler: Any = FullBatchSampler(dataset_size=rows, steps=steps)
+    users = None if user_column is None else rows_by_user(dataset, user_column)
+    units = len(dataset) if users is None else len(users)
+    sampler: Any = FullBatchSampler(dataset_size=units, steps=steps)
     if plan.sampling == "poisson":
         sampler = PoissonSampler(
-            dataset_size=rows,
+            dataset_size=units,
             sampling_probability=plan.sampling_probability,
             batch_cap=plan.batch_cap,
             steps=steps,
             key=ranks.shared_key(),
+        )
+    if users is not None:
+        ranks.check_same({"the users of the training set": [rows.tolist() for rows in users]})
+        sampler = UserSampler(
+            sampler, rows=users, samples_per_user=plan.samples_per_unit, key=ranks.shared_key()
         )
     return sampler if ranks.size == 1 else RankSampler(sampler, ranks, lengths)
 

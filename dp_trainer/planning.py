@@ -13,6 +13,7 @@ from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.plan import PrivacyPlan, make_plan
 from dp_trainer.privacy.sampling import steps_per_epoch
 from dp_trainer.privacy.search import SearchCost
+from dp_trainer.privacy.users import rows_by_user
 
 
 def plan_of_run(
@@ -41,15 +42,18 @@ def plan_of_run(
             "train_dataset has no length, and the sampling probability needs one. Use a map-style dataset, "
             "for instance datasets.Dataset.from_generator(...)."
         )
-    rows = len(train_dataset)
-    batch = privacy.expected_batch_size or args.train_batch_size * accumulation * args.world_size
+    present, batch = len(train_dataset), args.train_batch_size * accumulation * args.world_size
+    if privacy.user_column is not None:
+        present = len(rows_by_user(train_dataset, privacy.user_column))
+        batch = max(1, batch // (privacy.samples_per_user or 1))
+    batch = privacy.expected_batch_size or batch
     # A stated public size also decides the number of steps, which would else show the true one.
-    size = privacy.dataset_size or rows
+    size = privacy.dataset_size or present
     steps = steps_wanted
     if steps <= 0:
         drawn = size if privacy.sampling == "full_batch" else batch
         steps = math.ceil(args.num_train_epochs * steps_per_epoch(size, drawn))
-    return make_plan(privacy, dataset_size=rows, expected_batch_size=batch, steps=steps)
+    return make_plan(privacy, dataset_size=present, expected_batch_size=batch, steps=steps)
 
 
 def computed_outside(args: TrainingArguments, state: TrainerState, search: SearchCost | None) -> list[str]:

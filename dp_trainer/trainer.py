@@ -61,9 +61,9 @@ class DPTrainer(PublishingTrainer, SearchingTrainer):
     """A ``Trainer`` whose every optimizer step sees a differentially private gradient.
 
     Guarantee: the trained weights are (ε, δ)-differentially private with respect
-    to adding or removing one sample of ``train_dataset``, with the ε, δ and
-    mechanism that ``plan`` and ``privacy_statement()`` name, if ``train_dataset``
-    was prepared sample by sample. Logs, evaluation results and model selection are outside it.
+    to adding or removing one sample of ``train_dataset`` (or replacing one, or one user with all
+    rows, where ``privacy`` says so), with the ε, δ and mechanism that ``plan`` and
+    ``privacy_statement()`` name, if ``train_dataset`` was prepared sample by sample. Logs, evaluation results and model selection are outside it.
 
     Everything not listed works as in ``Trainer``. The expected logical batch size is
     ``per_device_train_batch_size × gradient_accumulation_steps × processes``, unless
@@ -223,7 +223,7 @@ class DPTrainer(PublishingTrainer, SearchingTrainer):
         lengths = self._ranks.check_run(self.model, dataset, plan, self.privacy)
         return DataLoader(
             dataset,
-            batch_sampler=sampler_of(plan, len(dataset), self._ranks, lengths),
+            batch_sampler=sampler_of(plan, dataset, self.privacy.user_column, self._ranks, lengths),
             collate_fn=LogicalBatchCollator(
                 data_collator=collator,
                 samples_per_micro_batch=self.args.per_device_train_batch_size,
@@ -311,8 +311,8 @@ class DPTrainer(PublishingTrainer, SearchingTrainer):
         self.push_checkpoint(folder)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """The expected logical batch size."""
-        return self.plan.expected_batch_size
+        """The expected logical batch size in rows, at most."""
+        return self.plan.divisor
 
     def floating_point_ops(self, inputs: LogicalBatch) -> int:
         """Operations of the ordinary forward and backward of all micro-batches."""

@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
     processor = load_processor(task, model_arguments)
     rows = load_rows(task, data)
     task = with_classes(task, rows)
-    splits = prepare_splits(task, rows, processor, max_length=data.max_length)
+    splits = prepare_splits(
+        task, rows, processor, max_length=data.max_length, user_column=privacy.user_column
+    )
     model = load_model(task, model_arguments, processor)
     trainer = build_trainer(task, model, processor, splits, training, privacy)
     print(trainer.plan, flush=True)

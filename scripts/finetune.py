@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     with training.main_process_first(desc="loading the data"):
         rows = load_rows(task, data)
         task = with_classes(task, rows)
-        splits = prepare_splits(task, rows, processor, max_length=data.max_length)
+        user_column = privacy.user_column if run.private else None
+        splits = prepare_splits(task, rows, processor, max_length=data.max_length, user_column=user_column)
     model = load_model(task, model_arguments, processor)
 
     trainer = build_trainer(task, model, processor, splits, training, privacy if run.private else None)

@@ -93,7 +93,7 @@ MAY_NAME = {"privacy.plan": ("arguments",)}
 
 # Other libraries that only some modules may import.
 ONLY_IN = {
-    "dp_accounting": ("privacy.accounting",),
+    "dp_accounting": ("privacy.accounting", "privacy.mechanism", "privacy.loss_distribution"),
     "opacus": ("privacy.accounting",),
     "datasets": ("tasks.*",),
     "evaluate": ("tasks.metrics.*",),

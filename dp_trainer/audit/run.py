@@ -110,6 +110,12 @@ def audit(trainer: DPTrainer, arguments: AuditArguments, *, quiet: bool = False)
             "audit: noise_multiplier is 0, so the run claims no privacy and there is nothing to refute. "
             "Set target_epsilon, or a noise_multiplier above 0."
         )
+    if (plan.privacy_unit, plan.neighbouring_relation) != ("sample", "add_or_remove_one"):
+        raise ConfigurationError(
+            f"audit: the run protects one {plan.privacy_unit}, neighbours by {plan.neighbouring_relation}; canaries are "
+            "single samples that are added or left out. Audit the same run with privacy_unit='sample' and "
+            "neighbouring_relation='add_or_remove_one', which share all its code but the draw of users."
+        )
     # Statistical parts share the false alarms: noise, draws, and each attack.
     failure = arguments.audit_false_alarm / 4
     findings: list[Finding] = []

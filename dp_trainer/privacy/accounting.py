@@ -1,28 +1,18 @@
-"""From a mechanism to its ε: the only place that talks to an accounting library.
+"""From a mechanism to its ε, by one of three accountants behind one interface.
 
-Every ε here is an upper bound for the mechanism that runs, under adding or
-removing one sample of a dataset of up to N + 1. Three ways to compose steps:
+Every ε here is an upper bound for the mechanism that runs. Three ways to compose steps:
 
 - ``pld`` (decides by default): privacy loss distributions on a grid, rounded
-  pessimistically. A coarser grid only raises ε.
+  pessimistically (``loss_distribution.py``). A coarser grid only raises ε.
+  Losses too large for any grid (noise of a few hundredths over very many steps) get a formal bound instead.
 - ``rdp``: Rényi divergences; looser, an independent cross-check.
 - ``prv``: opacus' composition, an independent cross-check. It follows the loss of
   removing a sample only.
 
-Full batches have a closed form (``gaussian``), which stands in for ``pld`` and ``prv``. The central-limit formula called
-GDP under-reports and is not offered.
+Without sampling there is a closed form (``gaussian.py``), which stands in for ``pld`` and ``prv``; shuffled
+batches count as unsampled. The central-limit formula called GDP under-reports and is not offered.
 
-**The cap.** Poisson sampling that keeps at most ``batch_cap`` samples is not quite
-Poisson: where the cap acts, adding a sample may push another one out. Write w for
-the probability that the cap is reached by the others, P[Bin(N, q) ≥ cap]. Given
-that, the new sample gets in with probability at most q, replacing one whose
-clipped gradient also has norm R, so the sum moves by up to 2R. One step is hence
-dominated by: with probability w a Poisson-sampled Gaussian of sensitivity 2R,
-else one of sensitivity R. ``pld`` composes this mixture. For ``rdp`` and ``prv``
-see ``_epsilon_of_capped``.
-
-Rounding: against the closed form, compositions by FFT of k = 1 to 10^5 steps were
-found to lose up to 3e-17·k from δ. More than three times that is taken off the target δ first.
+Under sampling, replacing a sample is known to ``pld`` alone; the others refuse it by name.
 """
 
 from __future__ import annotations
@@ -32,7 +22,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import dp_accounting
 import numpy as np
@@ -43,94 +32,43 @@ from scipy import stats  # type: ignore[import-untyped]
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.gaussian import gaussian_epsilon
+from dp_trainer.privacy.loss_distribution import grid_width, one_step_distribution, rounding_allowance
+from dp_trainer.privacy.mechanism import (
+    NEIGHBOURING_RELATIONS,
+    SAMPLINGS,
+    Mechanism,
+    check_delta,
+    default_batch_cap,
+)
+
+__all__ = [
+    "ACCOUNTANTS",
+    "COARSE_CELLS",
+    "FINE_CELLS",
+    "NEIGHBOURING_RELATIONS",
+    "SAMPLINGS",
+    "EpsilonCurve",
+    "Mechanism",
+    "check_delta",
+    "check_supported",
+    "default_batch_cap",
+    "epsilon",
+    "epsilon_of_divergences",
+    "is_supported",
+    "renyi_divergences",
+    "renyi_epsilon_without_cap",
+    "rounded_up",
+    "rounding_allowance",
+]
 
 ACCOUNTANTS = ("pld", "rdp", "prv")
-SAMPLINGS = ("poisson", "full_batch")
-SMALLEST_DELTA = 1e-10
 
 # Grid cells in one step's range of losses: the run's verdict, and log lines.
 FINE_CELLS, COARSE_CELLS = 40_000, 15_000
-_TAIL_Z = 10.0  # standard normals beyond this are the tail that dp_accounting cuts at e^-50
-_SMALLEST_MIXTURE_WEIGHT = 1e-17
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mechanism:
-    """One release, as far as privacy is concerned: everything ε depends on but the steps and δ.
-
-    Args:
-        dataset_size: Public number N of samples. At most this many may be at hand.
-        sampling: ``"poisson"`` or ``"full_batch"``.
-        sampling_probability: q, in (0, 1]; 1 for full batches.
-        batch_cap: Largest logical batch that is processed; at or above N it never acts.
-        noise_multiplier: Noise std over sensitivity; 0 means no privacy.
-
-    Raises:
-        ConfigurationError: If a value is out of range.
-    """
-
-    dataset_size: int
-    sampling: str
-    sampling_probability: float
-    batch_cap: int
-    noise_multiplier: float
-
-    def __post_init__(self) -> None:
-        for name in ("dataset_size", "batch_cap"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(
-                    f"Mechanism.{name} is {value!r}. It must be a positive whole number."
-                )
-        if self.sampling not in SAMPLINGS:
-            raise ConfigurationError(
-                f"Mechanism.sampling is {self.sampling!r}. Choose one of {', '.join(SAMPLINGS)}."
-            )
-        if not 0.0 < self.sampling_probability <= 1.0:
-            raise ConfigurationError(
-                f"Mechanism.sampling_probability is {self.sampling_probability!r}. It must be in (0, 1]: "
-                "the expected batch size over the dataset size."
-            )
-        if self.sampling == "full_batch" and self.sampling_probability != 1.0:
-            raise ConfigurationError(
-                f"Mechanism: full batches have sampling_probability 1, not {self.sampling_probability!r}."
-            )
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0.0):
-            raise ConfigurationError(
-                f"Mechanism.noise_multiplier is {self.noise_multiplier!r}. It must be finite and not negative."
-            )
-
-    @property
-    def cap_probability(self) -> float:
-        """w: probability that the other samples alone reach the cap, for any dataset of up to N + 1."""
-        if self.sampling == "full_batch" or self.batch_cap >= self.dataset_size:
-            return 0.0
-        return float(stats.binom.sf(self.batch_cap - 1, self.dataset_size, self.sampling_probability))
-
-    @property
-    def is_unsampled(self) -> bool:
-        """Whether every sample enters every step, so that the closed form applies."""
-        return self.sampling_probability == 1.0 and self.cap_probability == 0.0
-
-    def event(self, steps: int) -> dp_accounting.DpEvent:
-        """The run in dp_accounting's vocabulary, for records and other accountants.
-
-        It names N + 1, the larger of the two datasets that are compared.
-        """
-        if self.is_unsampled:
-            release = dp_accounting.GaussianDpEvent(self.noise_multiplier)
-        elif self.cap_probability == 0.0:
-            release = dp_accounting.PoissonSampledDpEvent(
-                self.sampling_probability, dp_accounting.GaussianDpEvent(self.noise_multiplier)
-            )
-        else:
-            release = dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                dataset_size=self.dataset_size + 1,
-                sampling_probability=self.sampling_probability,
-                truncated_batch_size=self.batch_cap,
-                noise_multiplier=self.noise_multiplier,
-            )
-        return dp_accounting.SelfComposedDpEvent(release, steps)
+# Beyond this width of a cell the losses are so large that only a formal bound is left.
+WIDEST_GRID = 20.0
+# δ stays so many times above what rounding may take from it.
+_ABOVE_ROUNDING = 5.0
 
 
 class EpsilonCurve:
@@ -142,7 +80,7 @@ class EpsilonCurve:
     Args:
         mechanism: The release that is repeated.
         horizon: The most steps that will be asked about; sets the grid.
-        accountant: ``"pld"``, ``"rdp"`` or ``"prv"``. For full batches ``pld`` and ``prv`` mean the closed form.
+        accountant: ``"pld"``, ``"rdp"`` or ``"prv"``. Without sampling ``pld`` and ``prv`` mean the closed form.
         cells: Grid cells over one step's range of losses: accuracy against time.
 
     Raises:
@@ -159,10 +97,11 @@ class EpsilonCurve:
             raise ConfigurationError(
                 f"EpsilonCurve: horizon is {horizon!r}. It must be a positive number of steps."
             )
+        check_supported(mechanism, accountant)
         self.mechanism = mechanism
         self.horizon = horizon
         self.accountant = accountant
-        self._grid = _grid_width(mechanism, horizon, cells)
+        self._grid = grid_width(mechanism, horizon, cells)
         self._one_step: privacy_loss_distribution.PrivacyLossDistribution | None = None
 
     @property
@@ -172,8 +111,13 @@ class EpsilonCurve:
 
     @property
     def is_closed_form(self) -> bool:
-        """Whether the exact Gaussian formula is used: for full batches, unless RDP is asked for."""
+        """Whether the exact Gaussian formula is used: without sampling, unless RDP is asked for."""
         return self.mechanism.is_unsampled and self.accountant != "rdp"
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether losses are too large for a grid, and ε is bounded by that of twice the sensitivity, unsampled."""
+        return self.accountant == "pld" and not self.mechanism.is_unsampled and self._grid > WIDEST_GRID
 
     def epsilon(self, steps: int, delta: float) -> float:
         """An upper bound on ε after ``steps`` steps, at this δ; infinite without noise."""
@@ -187,13 +131,16 @@ class EpsilonCurve:
         if self.mechanism.noise_multiplier == 0.0:
             return math.inf
         if self.is_closed_form:
-            return gaussian_epsilon(math.sqrt(steps) / self.mechanism.noise_multiplier, delta)
+            return gaussian_epsilon(self.mechanism.distance(steps), delta)
+        if self.is_out_of_reach:
+            # Sampling never hurts, and where the cap acts the sum moves twice as far.
+            return gaussian_epsilon(2.0 * self.mechanism.distance(steps), delta)
         if self.accountant == "pld":
             rounding = rounding_allowance(steps)
-            if delta < 10.0 * rounding:
+            if delta < _ABOVE_ROUNDING * rounding:
                 raise ConfigurationError(
                     f"delta {delta:g} is too small to be told from rounding after {steps} steps. "
-                    f"Use at least {10.0 * rounding:.1e}, or accountant='rdp'."
+                    f"Use at least {_ABOVE_ROUNDING * rounding:.1e}, or accountant='rdp'."
                 )
             return float(self.composed(steps).get_epsilon_for_delta(delta - rounding))
         uncapped = _rdp_epsilon if self.accountant == "rdp" else _prv_epsilon
@@ -202,7 +149,7 @@ class EpsilonCurve:
     def composed(self, steps: int) -> privacy_loss_distribution.PrivacyLossDistribution:
         """The pessimistic privacy loss distribution of ``steps`` steps."""
         if self._one_step is None:
-            self._one_step = _one_step_distribution(self.mechanism, self._grid)
+            self._one_step = one_step_distribution(self.mechanism, self._grid)
         return self._one_step.self_compose(steps)
 
     def steps_within(self, *, target_epsilon: float, target_delta: float) -> int:
@@ -215,6 +162,24 @@ class EpsilonCurve:
             fits = self.epsilon(middle, target_delta) <= target_epsilon
             within, beyond = (middle, beyond) if fits else (within, middle)
         return within
+
+
+def is_supported(mechanism: Mechanism, accountant: str) -> bool:
+    """Whether an accountant knows a bound for this kind of mechanism."""
+    return accountant == "pld" or mechanism.is_unsampled or not mechanism.replaces
+
+
+def check_supported(mechanism: Mechanism, accountant: str) -> None:
+    """Checks that an accountant knows a bound for this kind of mechanism.
+
+    Raises:
+        ConfigurationError: If it does not.
+    """
+    if not is_supported(mechanism, accountant):
+        raise ConfigurationError(
+            f"accountant='{accountant}' knows no bound for neighbouring_relation='replace_one' under Poisson "
+            "sampling. Use accountant='pld', or neighbouring_relation='add_or_remove_one'."
+        )
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: str = "pld") -> float:
@@ -238,66 +203,6 @@ def rounded_up(value: float, digits: int = 3) -> str:
     """Writes a privacy loss with so many decimals, never smaller than it is."""
     shift = 10.0**digits
     return "∞" if math.isinf(value) else f"{math.ceil(value * shift) / shift:.{digits}f}"
-
-
-def default_batch_cap(*, dataset_size: int, expected_batch_size: int) -> int:
-    """Six standard deviations above the expected batch size: rarely reached, so it costs almost no ε."""
-    return min(dataset_size, math.ceil(expected_batch_size + 6.0 * math.sqrt(expected_batch_size)))
-
-
-def check_delta(delta: float, place: str) -> None:
-    """Checks that δ is one that double precision can account for.
-
-    Raises:
-        ConfigurationError: If it is not in [1e-10, 1).
-    """
-    if not (math.isfinite(delta) and SMALLEST_DELTA <= delta < 1.0):
-        raise ConfigurationError(
-            f"{place}: delta is {delta!r}. It must be in [{SMALLEST_DELTA:g}, 1), well below one over the dataset "
-            "size; smaller values drown in the rounding of the accounting."
-        )
-
-
-def rounding_allowance(steps: int) -> float:
-    """More than the FFT's rounding can take from δ in a composition of so many steps."""
-    return 1e-14 + 1e-16 * steps
-
-
-def _grid_width(mechanism: Mechanism, horizon: int, cells: int) -> float:
-    """Cell width that spends ``cells`` on one step and a few times that on all of them; only costs accuracy."""
-    if mechanism.noise_multiplier == 0.0:
-        return 1.0
-    q, sigma = mechanism.sampling_probability, mechanism.noise_multiplier
-    shift = 2.0 if mechanism.cap_probability > 0.0 else 1.0
-    largest = shift**2 / (2.0 * sigma**2) + shift * _TAIL_Z / sigma
-    one_step = largest + math.log(q + (1.0 - q) * math.exp(-largest)) + (largest if q == 1.0 else 0.0)
-    exponent = min(700.0, 1.0 / sigma**2)
-    mean_loss = min(0.5 / sigma**2, 0.5 * math.log1p(q**2 * math.expm1(exponent)))
-    all_steps = 2.0 * (horizon * mean_loss + 8.0 * math.sqrt(2.0 * horizon * mean_loss))
-    return max(one_step / cells, all_steps / (6 * cells), 1e-9)
-
-
-def _one_step_distribution(
-    mechanism: Mechanism, grid: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-    """The mixture of the module's text: sensitivity R, or with probability w sensitivity 2R."""
-    plain = privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=mechanism.noise_multiplier,
-        sampling_prob=mechanism.sampling_probability,
-        value_discretization_interval=grid,
-    )
-    weight = mechanism.cap_probability
-    if weight == 0.0:
-        return plain
-    weight = max(weight, _SMALLEST_MIXTURE_WEIGHT)
-    replacing = privacy_loss_distribution.from_gaussian_mechanism(
-        standard_deviation=mechanism.noise_multiplier / 2.0,
-        sampling_prob=mechanism.sampling_probability,
-        value_discretization_interval=grid,
-        # Tails of a rare event may be cut earlier; what is cut counts as infinite loss.
-        log_mass_truncation_bound=max(-50.0, math.log(1e-18 / weight)),
-    )
-    return replacing.compute_mixture(plain, weight)
 
 
 def _epsilon_of_capped(
@@ -333,21 +238,32 @@ def _rdp_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
 def renyi_epsilon_without_cap(
     mechanism: Mechanism, steps: int, delta: float, orders: Sequence[float]
 ) -> float:
-    """ε of plain Poisson sampling from Rényi divergences of these orders; ignores the cap."""
+    """ε of plain Poisson sampling from Rényi divergences of these orders; ignores the cap.
+
+    A replaced sample counts as one that moves the sum twice as far: exact without sampling, else a guess.
+    """
     release = dp_accounting.PoissonSampledDpEvent(
-        mechanism.sampling_probability, dp_accounting.GaussianDpEvent(mechanism.noise_multiplier)
+        mechanism.sampling_probability,
+        dp_accounting.GaussianDpEvent(mechanism.noise_multiplier / mechanism.shift),
     )
     with _quiet_absl():
-        accountant = RdpAccountant(orders=list(orders)).compose(release, steps)
+        accountant = RdpAccountant(orders=list(orders))
+        accountant.compose(release, mechanism.releases_with_one_sample(steps))
         return float(accountant.get_epsilon(delta))
 
 
 def renyi_divergences(mechanism: Mechanism) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Orders, and bounds on one release's Rényi divergences at them, the cap included; needs noise."""
+    """Orders, and bounds on one release's Rényi divergences at them, the cap included; needs noise.
+
+    Raises:
+        ConfigurationError: If no such bound is known.
+    """
+    check_supported(mechanism, "rdp")
+    noise_multiplier = mechanism.noise_multiplier / mechanism.shift
     orders, weight = np.asarray(_ORDERS, dtype=np.float64), mechanism.cap_probability
     found = []
-    for noise_multiplier in (mechanism.noise_multiplier, mechanism.noise_multiplier / 2.0):
-        event = dp_accounting.GaussianDpEvent(noise_multiplier)
+    for noise in (noise_multiplier, noise_multiplier / 2.0):
+        event = dp_accounting.GaussianDpEvent(noise)
         with _quiet_absl():
             accountant = RdpAccountant(orders=list(_ORDERS)).compose(
                 dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -36,10 +35,12 @@ def attack_rates(
     if mechanism.noise_multiplier == 0.0:
         return dict.fromkeys(false_positive_rates, 1.0)
     if mechanism.is_unsampled:
-        distance = math.sqrt(steps) / mechanism.noise_multiplier
-        return {rate: gaussian_power(distance, rate) for rate in false_positive_rates}
+        return {rate: gaussian_power(mechanism.distance(steps), rate) for rate in false_positive_rates}
     # Reading off thousands of losses is slow on a fine grid, and a bound to three digits is all that is said.
-    composed = EpsilonCurve(mechanism, horizon=steps, cells=_CELLS).composed(steps)
+    curve = EpsilonCurve(mechanism, horizon=steps, cells=_CELLS)
+    if curve.is_out_of_reach:
+        return dict.fromkeys(false_positive_rates, 1.0)
+    composed = curve.composed(steps)
     # For every loss bound the power is at most δ(loss) + exp(loss) · rate, so the smallest such value bounds it.
     losses = np.linspace(-10.0, 40.0, 2001)
     deltas = np.asarray(composed.get_delta_for_epsilon(losses)) + rounding_allowance(steps)

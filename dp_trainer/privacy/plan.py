@@ -15,17 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.privacy.accountant import PrivacyAccountant
-from dp_trainer.privacy.accounting import (
-    FINE_CELLS,
-    EpsilonCurve,
-    Mechanism,
-    check_delta,
-    default_batch_cap,
-    epsilon,
-    rounded_up,
-)
+from dp_trainer.privacy.accounting import FINE_CELLS, EpsilonCurve, epsilon, rounded_up
 from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.clipping import ClippingFunction
+from dp_trainer.privacy.mechanism import Mechanism, check_delta, mechanism_of
 
 if TYPE_CHECKING:
     from dp_trainer.arguments import PrivacyArguments
@@ -41,19 +34,22 @@ class PrivacyWarning(UserWarning):
 class PrivacyPlan:
     """Everything that the guarantee of a run depends on.
 
-    Guarantee: ``steps`` releases of a sum of sensitivity ``clipping.sensitivity``
+    Guarantee: ``steps`` releases of a sum of sensitivity ``sensitivity``
     with noise of std ``noise_std``, drawn as stated, are (``epsilon``, ``target_delta``)-private
-    with respect to adding or removing one sample.
+    with respect to ``neighbouring_relation`` of units. A unit is a sample, or a user with all rows.
 
     Args:
-        dataset_size: Public number of samples N.
-        dataset_size_stated: Whether N was stated; else it is the dataset's length, taken as public.
-        expected_batch_size: B, the public divisor of each noised sum.
+        privacy_unit: ``"sample"`` or ``"user"``.
+        samples_per_unit: Most rows of one unit in one release; 1 for samples.
+        dataset_size: Public number of units N.
+        dataset_size_stated: Whether N was stated; else it is counted in the dataset, and taken as public.
+        expected_batch_size: B, units in a logical batch.
         sampling: ``"poisson"`` or ``"full_batch"``.
         sampling_probability: q = B / N.
-        batch_cap: Largest logical batch.
+        batch_cap: Most units in a logical batch.
         noise_multiplier: Noise std over sensitivity.
-        clipping: The clipping function; owns the sensitivity.
+        neighbouring_relation: ``"add_or_remove_one"`` or ``"replace_one"``, under which the sum moves twice as far.
+        clipping: The clipping function; owns the sensitivity to one row.
         target_epsilon: The budget, or None.
         target_delta: δ.
         steps_asked: Steps that were asked for.
@@ -65,6 +61,8 @@ class PrivacyPlan:
         noise_on_grid: Whether the noise withstands a look at its last digits (``secure_noise``).
     """
 
+    privacy_unit: str
+    samples_per_unit: int
     dataset_size: int
     dataset_size_stated: bool
     expected_batch_size: int
@@ -72,6 +70,7 @@ class PrivacyPlan:
     sampling_probability: float
     batch_cap: int
     noise_multiplier: float
+    neighbouring_relation: str
     clipping: ClippingFunction
     target_epsilon: float | None
     target_delta: float
@@ -84,14 +83,19 @@ class PrivacyPlan:
     noise_on_grid: bool
 
     @property
+    def sensitivity(self) -> float:
+        """Most that one unit adds to the clipped sum, an L2 norm in gradient units."""
+        return self.samples_per_unit * self.clipping.sensitivity
+
+    @property
     def noise_std(self) -> float:
         """Standard deviation of the noise on each entry of the clipped sum, in gradient units."""
-        return self.noise_multiplier * self.clipping.sensitivity
+        return self.noise_multiplier * self.sensitivity
 
     @property
     def divisor(self) -> int:
-        """What the noised sum is divided by: public, and the same whatever was drawn."""
-        return self.expected_batch_size
+        """What the noised sum is divided by, in rows: public, and the same whatever was drawn."""
+        return self.expected_batch_size * self.samples_per_unit
 
     @property
     def mechanism(self) -> Mechanism:
@@ -102,6 +106,7 @@ class PrivacyPlan:
             sampling_probability=self.sampling_probability,
             batch_cap=self.batch_cap,
             noise_multiplier=self.noise_multiplier,
+            neighbouring_relation=self.neighbouring_relation,
         )
 
     @property
@@ -130,7 +135,14 @@ class PrivacyPlan:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
+        # Records of earlier versions do not name what was the only choice then.
+        chosen = {
+            "privacy_unit": (self.privacy_unit, "sample"),
+            "samples_per_unit": (self.samples_per_unit, 1),
+            "neighbouring_relation": (self.neighbouring_relation, "add_or_remove_one"),
+        }
         return {
+            **{name: value for name, (value, only) in chosen.items() if value != only},
             "dataset_size": self.dataset_size,
             "expected_batch_size": self.expected_batch_size,
             "sampling": self.sampling,
@@ -145,8 +157,11 @@ class PrivacyPlan:
         """All numbers, ready for JSON (an infinite ε becomes None)."""
         return {
             **self.identity(),
+            "privacy_unit": self.privacy_unit,
+            "samples_per_unit": self.samples_per_unit,
+            "neighbouring_relation": self.neighbouring_relation,
             "dataset_size_stated": self.dataset_size_stated,
-            "sensitivity": self.clipping.sensitivity,
+            "sensitivity": self.sensitivity,
             "noise_std": self.noise_std,
             "target_epsilon": self.target_epsilon,
             "steps_asked": self.steps_asked,
@@ -162,13 +177,18 @@ class PrivacyPlan:
         clip = self.clipping.describe()
         settings = ", ".join(f"{name} {value:g}" for name, value in clip.items() if isinstance(value, float))
         budget = "no target" if self.target_epsilon is None else f"target {self.target_epsilon:g}"
+        rows = (
+            "" if self.privacy_unit == "sample" else f", at most {self.samples_per_unit} rows of each a step"
+        )
         lines = [
-            "Privacy plan (unit: one sample; neighbours: add or remove one)",
-            f"  samples            N = {self.dataset_size}"
-            + (" (stated)" if self.dataset_size_stated else ""),
+            f"Privacy plan (unit: one {self.privacy_unit}; neighbours: "
+            + ("replace one)" if self.mechanism.replaces else "add or remove one)"),
+            f"  {self.privacy_unit + 's':18} N = {self.dataset_size}"
+            + (" (stated)" if self.dataset_size_stated else "")
+            + rows,
             f"  logical batch      B = {self.expected_batch_size} expected, at most {self.batch_cap}; {self.sampling}, "
             f"probability {self.sampling_probability:.6g}",
-            f"  clipping           {clip['name']} ({settings}); sensitivity {self.clipping.sensitivity:g}",
+            f"  clipping           {clip['name']} ({settings}); sensitivity {self.sensitivity:g}",
             f"  noise multiplier   {self.noise_multiplier:.5g}; std {self.noise_std:.5g} on the clipped sum",
             f"  steps              {self.steps}",
             f"  privacy            ε ≤ {rounded_up(self.epsilon)} at δ = {self.target_delta:g} "
@@ -192,8 +212,8 @@ def make_plan(
 
     Args:
         arguments: The privacy settings; what they state wins over the values below.
-        dataset_size: Number of samples at hand.
-        expected_batch_size: Expected logical batch size from the training arguments; not used for full batches.
+        dataset_size: Number of units at hand.
+        expected_batch_size: Expected units of a logical batch by the training arguments; not used for full batches.
         steps: Steps asked for.
 
     Raises:
@@ -209,6 +229,8 @@ def make_plan(
     allowed = steps if target is None else _steps_within(mechanism, arguments, steps)
     curve = EpsilonCurve(mechanism, horizon=allowed, accountant=arguments.accountant, cells=FINE_CELLS)
     plan = PrivacyPlan(
+        privacy_unit=arguments.privacy_unit,
+        samples_per_unit=arguments.samples_per_user or 1,
         dataset_size=mechanism.dataset_size,
         dataset_size_stated=arguments.dataset_size is not None,
         expected_batch_size=batch,
@@ -216,6 +238,7 @@ def make_plan(
         sampling_probability=mechanism.sampling_probability,
         batch_cap=mechanism.batch_cap,
         noise_multiplier=mechanism.noise_multiplier,
+        neighbouring_relation=mechanism.neighbouring_relation,
         clipping=arguments.clipping_function(),
         target_epsilon=target,
         target_delta=delta,
@@ -235,14 +258,14 @@ def _resolve(arguments: PrivacyArguments, present: int, expected_batch_size: int
     """Settles B, N, q and the cap; the noise is still to come."""
     if isinstance(present, bool) or not isinstance(present, int) or present < 1:
         raise ConfigurationError(
-            f"Privacy plan: the training set has {present!r} samples. It needs at least one."
+            f"Privacy plan: the training set has {present!r} {arguments.privacy_unit}s. It needs at least one."
         )
     size = present if arguments.dataset_size is None else arguments.dataset_size
     if present > size:
         # More samples than accounted for would raise the chance that the cap acts, and with it ε.
         raise ConfigurationError(
-            f"PrivacyArguments.dataset_size is {size}, but the training set has more samples. "
-            "State a public upper bound, or leave it out to use the training set's length."
+            f"PrivacyArguments.dataset_size is {size}, but the training set has more "
+            f"{arguments.privacy_unit}s. State a public upper bound, or leave it out to use the training set's number."
         )
     if arguments.sampling == "full_batch":
         if arguments.expected_batch_size not in (None, size):
@@ -250,28 +273,20 @@ def _resolve(arguments: PrivacyArguments, present: int, expected_batch_size: int
                 f"PrivacyArguments.expected_batch_size is {arguments.expected_batch_size}, but full batches have "
                 f"{size} samples. Leave it out, or set sampling='poisson'."
             )
-        batch, cap = size, size
+        batch = size
     else:
         batch = arguments.expected_batch_size or expected_batch_size
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= size:
-            raise ConfigurationError(
-                f"Privacy plan: an expected logical batch of {batch!r} does not fit a training set of {size}. Lower "
-                "expected_batch_size (or per_device_train_batch_size × gradient_accumulation_steps)."
-            )
-        cap = arguments.batch_cap or default_batch_cap(dataset_size=size, expected_batch_size=batch)
-        if cap < batch:
-            raise ConfigurationError(
-                f"PrivacyArguments.batch_cap is {cap}, below the expected logical batch of {batch}: most draws would "
-                "be cut, and each cut costs privacy. Raise it, or leave it out."
-            )
-    mechanism = Mechanism(
-        dataset_size=size,
-        sampling=arguments.sampling,
-        sampling_probability=batch / size,
-        batch_cap=cap,
-        noise_multiplier=0.0,
-    )
-    return batch, mechanism
+    try:
+        return batch, mechanism_of(
+            dataset_size=size,
+            sampling=arguments.sampling,
+            expected_batch_size=batch,
+            noise_multiplier=0.0,
+            batch_cap=arguments.batch_cap,
+            neighbouring_relation=arguments.neighbouring_relation,
+        )
+    except ConfigurationError as error:
+        raise ConfigurationError(f"Privacy plan: {error}") from error
 
 
 def _noise_multiplier(arguments: PrivacyArguments, mechanism: Mechanism, steps: int) -> float:
@@ -288,6 +303,7 @@ def _noise_multiplier(arguments: PrivacyArguments, mechanism: Mechanism, steps: 
         sampling=mechanism.sampling,
         batch_cap=mechanism.batch_cap,
         accountant=arguments.accountant,
+        neighbouring_relation=arguments.neighbouring_relation,
     )
 
 
@@ -312,7 +328,7 @@ def _warn(plan: PrivacyPlan) -> None:
     if plan.target_delta * plan.dataset_size >= 1.0:
         warnings.warn(
             f"target_delta {plan.target_delta:g} is not below 1/N = {1.0 / plan.dataset_size:.3g}: it would allow to "
-            "publish a whole sample now and then. Choose it well below.",
+            f"publish a whole {plan.privacy_unit} now and then. Choose it well below.",
             PrivacyWarning,
             stacklevel=3,
         )

@@ -19,6 +19,8 @@ import numpy as np
 
 from dp_trainer.errors import ConfigurationError
 
+# Shuffling has an accounting of its own (mechanism.py), but no sampler: see docs/accounting.md.
+SAMPLINGS = ("poisson", "full_batch")
 KEY_BITS = 128
 
 

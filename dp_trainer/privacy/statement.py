@@ -16,13 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dp_trainer.privacy.accounting import EpsilonCurve, rounded_up
+from dp_trainer.privacy.accounting import EpsilonCurve, is_supported, rounded_up
 from dp_trainer.privacy.attack import attack_rates
 from dp_trainer.privacy.plan import PrivacyPlan
 
-STATEMENT_VERSION = 1
-UNIT = "one sample: one row of the training set"
-NEIGHBOURS = "adding or removing one sample"
+STATEMENT_VERSION = 2
+UNITS = {
+    "sample": "one sample: one row of the training set",
+    "user": "one user: all rows of the training set that name the same user",
+}
+NEIGHBOURS = {
+    "add_or_remove_one": "adding or removing one {}",
+    "replace_one": "replacing one {} by another",
+}
 NEVER_COVERED = (
     "training losses, gradient norms, clip rates and dropped-sample counts in the logs",
     "evaluation on data that is itself private, and choosing a checkpoint or settings by it",
@@ -44,7 +50,7 @@ class PrivacyStatement:
         plan: The run's plan.
         steps: Releases made.
         epsilon: ε after them by the plan's accountant.
-        epsilon_rdp: The same by Rényi divergences, as a cross-check.
+        epsilon_rdp: The same by Rényi divergences, as a cross-check; None where they know no bound.
         grid: Grid of losses behind ``epsilon``; None where none was used.
         attack: False-positive rate → bound on the true-positive rate.
         certificate: What the certificate measured, or None if it did not run.
@@ -56,7 +62,7 @@ class PrivacyStatement:
     plan: PrivacyPlan
     steps: int
     epsilon: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
     grid: float | None
     attack: Mapping[float, float]
     certificate: Mapping[str, Any] | None
@@ -103,11 +109,11 @@ class PrivacyStatement:
             "epsilon": _finite(self.epsilon),
             "delta": plan.target_delta,
             "steps": self.steps,
-            "unit": UNIT,
-            "neighbouring_relation": NEIGHBOURS,
+            "unit": UNITS[plan.privacy_unit],
+            "neighbouring_relation": NEIGHBOURS[plan.neighbouring_relation].format(plan.privacy_unit),
             "accountant": self.accounting,
             "grid": self.grid,
-            "epsilon_rdp": _finite(self.epsilon_rdp),
+            "epsilon_rdp": None if self.epsilon_rdp is None else _finite(self.epsilon_rdp),
             "true_positive_rate_bounds": {f"{rate:g}": bound for rate, bound in self.attack.items()},
             "plan": plan.describe(),
             "noise_generator": self.generator,
@@ -157,16 +163,20 @@ class PrivacyStatement:
         plan = self.plan
         clip = plan.clipping.describe()
         settings = ", ".join(f"{name} {value:g}" for name, value in clip.items() if isinstance(value, float))
-        public = (
-            "stated by the user" if plan.dataset_size_stated else "the training set's length, taken as public"
-        )
+        unit, most = plan.privacy_unit, ""
+        public = "stated beforehand" if plan.dataset_size_stated else "counted, and taken as public"
+        if unit == "user":
+            most = f", with at most {plan.samples_per_unit} rows of each"
         grid = "" if self.grid is None else f", grid {self.grid:.2g}"
-        draw = "every sample, every step"
+        draw = f"every {unit}, every step"
         if plan.sampling == "poisson":
             draw = (
-                f"Poisson, each sample with probability {plan.sampling_probability:.6g} "
+                f"Poisson, each {unit} with probability {plan.sampling_probability:.6g} "
                 f"(expected size {plan.expected_batch_size}, at most {plan.batch_cap})"
             )
+        renyi = "no bound known for replaced samples under sampling"
+        if self.epsilon_rdp is not None:
+            renyi = f"{rounded_up(self.epsilon_rdp)} (cross-check, looser)"
         claim = (
             "The weights carry no differential-privacy guarantee."
             if math.isinf(self.epsilon)
@@ -177,20 +187,21 @@ class PrivacyStatement:
             "",
             "| | |",
             "| --- | --- |",
-            f"| unit | {UNIT} |",
-            f"| neighbouring datasets | {NEIGHBOURS} |",
-            f"| samples | N = {plan.dataset_size} ({public}) |",
-            f"| sampling | {draw} |",
-            f"| clipping | {clip['name']} ({settings}); sensitivity {plan.clipping.sensitivity:g} |",
+            f"| unit | {UNITS[unit]} |",
+            f"| neighbouring datasets | {NEIGHBOURS[plan.neighbouring_relation].format(unit)} |",
+            f"| {unit}s | N = {plan.dataset_size} ({public}) |",
+            f"| sampling | {draw}{most} |",
+            f"| clipping | {clip['name']} ({settings}); sensitivity {plan.sensitivity:g} |",
             f"| noise multiplier | {plan.noise_multiplier:.6g}: std {plan.noise_std:.6g} on the clipped sum |",
             f"| releases | {self.steps} of {plan.steps} planned |",
             f"| ε at δ = {plan.target_delta:g} | {rounded_up(self.epsilon)} ({self.accounting}{grid}) |",
-            f"| ε by Rényi divergences | {rounded_up(self.epsilon_rdp)} (cross-check, looser) |",
+            f"| ε by Rényi divergences | {renyi} |",
             f"| noise generator | {self.generator} |",
             "",
-            "Somebody who sees every update and knows all other samples, and tests whether one given sample was used:",
+            f"Somebody who sees every update and knows all other {unit}s, and tests whether one given {unit} "
+            + ("or another was used:" if plan.mechanism.replaces else "was used:"),
             "",
-            "| wrong on unused samples at most | right on used samples at most |",
+            f"| wrong on unused {unit}s at most | right on used {unit}s at most |",
             "| --- | --- |",
             *(f"| {rate:.1%} | {_percent_up(bound)} |" for rate, bound in self.attack.items()),
         ]
@@ -247,14 +258,17 @@ def privacy_statement(
     Raises:
         ConfigurationError: If ``steps`` is not in [0, ``plan.steps``].
     """
-    renyi = EpsilonCurve(plan.mechanism, horizon=plan.steps, accountant="rdp")
+    mechanism, renyi = plan.mechanism, None
+    if is_supported(mechanism, "rdp"):
+        curve = EpsilonCurve(mechanism, horizon=plan.steps, accountant="rdp")
+        renyi = curve.epsilon(steps, plan.target_delta)
     return PrivacyStatement(
         plan=plan,
         steps=steps,
         epsilon=plan.epsilon_after(steps),
-        epsilon_rdp=renyi.epsilon(steps, plan.target_delta),
+        epsilon_rdp=renyi,
         grid=plan.grid_after(steps),
-        attack=attack_rates(plan.mechanism, steps),
+        attack=attack_rates(mechanism, steps),
         certificate=certificate,
         generator=generator,
         versions=installed_versions() if versions is None else versions,

@@ -23,14 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.privacy.accounting import FINE_CELLS, EpsilonCurve, Mechanism
+from dp_trainer.privacy.accounting import FINE_CELLS, EpsilonCurve, is_supported
 from dp_trainer.privacy.attack import attack_rates
 from dp_trainer.privacy.clipping import CLIPPING_FUNCTIONS, ClippingFunction
+from dp_trainer.privacy.mechanism import Mechanism
 from dp_trainer.privacy.schema import schema_faults
 from dp_trainer.privacy.statement import (
     FLOATING_POINT,
+    NEIGHBOURS,
     NEVER_COVERED,
     STATEMENT_VERSION,
+    UNITS,
     statement_warnings,
 )
 
@@ -47,7 +50,7 @@ class Verified:
     Args:
         epsilon_stated: ε as the file says; infinite where it claims none.
         epsilon: ε as worked out here, at most the stated one but for rounding.
-        epsilon_rdp: The same by Rényi divergences.
+        epsilon_rdp: The same by Rényi divergences; None where they know no bound.
         delta: δ.
         steps: Releases.
         warnings: What the file itself warns of.
@@ -55,7 +58,7 @@ class Verified:
 
     epsilon_stated: float
     epsilon: float
-    epsilon_rdp: float
+    epsilon_rdp: float | None
     delta: float
     steps: int
     warnings: tuple[str, ...]
@@ -149,11 +152,11 @@ def _contradictions(content: Mapping[str, Any], clipping: ClippingFunction) -> l
     plan = content["plan"]
     full = plan["sampling"] == "full_batch"
     size, batch, noise = plan["dataset_size"], plan["expected_batch_size"], plan["noise_multiplier"]
+    unit, rows = plan["privacy_unit"], plan["samples_per_unit"]
+    sensitivity = rows * clipping.sensitivity
     due = {
-        "plan.sensitivity": (plan["sensitivity"], clipping.sensitivity, "what clipping bounds"),
-        "plan.noise_std": (
-            plan["noise_std"], noise * clipping.sensitivity, "plan.noise_multiplier × plan.sensitivity"
-        ),
+        "plan.sensitivity": (plan["sensitivity"], sensitivity, "what clipping bounds × plan.samples_per_unit"),
+        "plan.noise_std": (plan["noise_std"], noise * sensitivity, "plan.noise_multiplier × plan.sensitivity"),
         "plan.sampling_probability": (
             plan["sampling_probability"], batch / size, "plan.expected_batch_size / plan.dataset_size"
         ),
@@ -165,6 +168,12 @@ def _contradictions(content: Mapping[str, Any], clipping: ClippingFunction) -> l
         if not math.isclose(stated, right, rel_tol=1e-9)
     ]
     rules = [
+        (content["unit"] != UNITS[unit], "unit: plan.privacy_unit says otherwise"),
+        (
+            content["neighbouring_relation"] != NEIGHBOURS[plan["neighbouring_relation"]].format(unit),
+            "neighbouring_relation: plan.neighbouring_relation and plan.privacy_unit say otherwise",
+        ),
+        (unit == "sample" and rows != 1, "plan.samples_per_unit: a sample is one row"),
         (full and plan["batch_cap"] != size, "plan.batch_cap: full batches have every sample"),
         (full and batch != size, "plan.expected_batch_size: full batches have every sample"),
         (plan["batch_cap"] < batch, "plan.batch_cap: is below plan.expected_batch_size"),
@@ -218,6 +227,7 @@ def _recomputed(content: Mapping[str, Any]) -> Verified:
         sampling_probability=plan["sampling_probability"],
         batch_cap=plan["batch_cap"],
         noise_multiplier=float(plan["noise_multiplier"]),
+        neighbouring_relation=plan["neighbouring_relation"],
     )
     name = plan["accountant"]
     curve = EpsilonCurve(mechanism, horizon=plan["steps"], accountant=name, cells=FINE_CELLS)
@@ -228,13 +238,15 @@ def _recomputed(content: Mapping[str, Any]) -> Verified:
         logged = EpsilonCurve(mechanism, horizon=plan["steps"], accountant=name).epsilon(steps, delta)
         claimed = min(planned, logged)
         bound = min(claimed, curve.epsilon(steps, delta))
-    renyi = EpsilonCurve(mechanism, horizon=plan["steps"], accountant="rdp").epsilon(steps, delta)
+    renyi = None
+    if is_supported(mechanism, "rdp"):
+        renyi = EpsilonCurve(mechanism, horizon=plan["steps"], accountant="rdp").epsilon(steps, delta)
     rates = attack_rates(mechanism, steps)
     said = "closed form" if curve.is_closed_form else name.upper()
     faults = [
         *_wrong_bound("epsilon", content["epsilon"], bound, claimed, steps),
         *_wrong_bound("plan.epsilon", plan["epsilon"], planned, planned, plan["steps"]),
-        *_wrong_bound("epsilon_rdp", content["epsilon_rdp"], renyi, renyi, steps),
+        *_wrong_cross_check(content["epsilon_rdp"], renyi, steps),
         *(
             fault
             for rate, value in rates.items()
@@ -260,6 +272,14 @@ def _recomputed(content: Mapping[str, Any]) -> Verified:
         delta=delta,
         steps=steps,
         warnings=tuple(content["warnings"]),
+    )
+
+
+def _wrong_cross_check(stated: float | None, renyi: float | None, steps: int) -> list[str]:
+    if renyi is not None:
+        return _wrong_bound("epsilon_rdp", stated, renyi, renyi, steps)
+    return (
+        [] if stated is None else [f"epsilon_rdp: is {stated:.6g}, but no bound is known for this mechanism"]
     )
 
 

@@ -64,7 +64,8 @@ def sequence_classification(
             texts = [batch[column] for column in text_columns]
             return {**tokenizer(*texts, truncation=True, max_length=length), "labels": batch[label_column]}
 
-        dataset = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {name}")
+        read = [*text_columns, label_column]
+        dataset = rows.map(encode, batched=True, remove_columns=read, desc=f"Tokenising {name}")
         return PreparedSplit(dataset=dataset)
 
     task = Task(

@@ -72,12 +72,13 @@ def prepare(rows: Dataset, tokenizer: Tokenizer, max_length: int) -> PreparedSpl
             "so the model could not learn to stop. Use a tokenizer with an eos_token."
         )
 
-    refuse_missing_texts(rows, ("meaning_representation", "human_reference"))
+    read = ["meaning_representation", "human_reference"]
+    refuse_missing_texts(rows, tuple(read))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         return encode_pairs(batch["meaning_representation"], batch["human_reference"], tokenizer)
 
-    encoded = rows.map(encode, batched=True, remove_columns=rows.column_names, desc="Tokenising e2e")
+    encoded = rows.map(encode, batched=True, remove_columns=read, desc="Tokenising e2e")
     # In batches, so that a long row costs a comparison rather than a decoded row.
     kept = encoded.filter(
         lambda batch: [len(ids) <= max_length for ids in batch["input_ids"]],

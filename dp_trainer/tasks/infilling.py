@@ -146,7 +146,8 @@ def prepare_infilling(
             "labels": batch[label_column],
         }
 
-    dataset = rows.map(encode, batched=True, remove_columns=rows.column_names, desc=f"Tokenising {name}")
+    read = [*infilling.columns, label_column]
+    dataset = rows.map(encode, batched=True, remove_columns=read, desc=f"Tokenising {name}")
     return PreparedSplit(dataset=dataset)
 
 

@@ -53,19 +53,40 @@ def load_rows(task: Task, arguments: DataArguments) -> dict[str, Dataset]:
 
 
 def prepare_splits(
-    task: Task, rows: dict[str, Dataset], processor: Processor, *, max_length: int | None
+    task: Task,
+    rows: dict[str, Dataset],
+    processor: Processor,
+    *,
+    max_length: int | None,
+    user_column: str | None = None,
 ) -> dict[str, PreparedSplit]:
     """Turns every split's rows into model inputs; refuses a split that ends up empty.
 
     Evaluation splits are sorted, longest first: no metric depends on their order,
     padding nearly vanishes, and a too large batch fails at once.
+
+    Args:
+        task: The task.
+        rows: What ``load_rows`` returned.
+        processor: A tokenizer or an image processor.
+        max_length: Longest input in tokens; the task's own if None.
+        user_column: Column of the training rows that says whose they are; it stays beside the inputs.
+
+    Raises:
+        ConfigurationError: If a split ends up empty, or a setting or column does not fit.
     """
     if task.max_length == 0 and max_length is not None:
         raise ConfigurationError(
             f"max_length={max_length}: inputs of task '{task.name}' have no length. Leave it out."
         )
     length = task.max_length if max_length is None else max_length
-    splits = {name: task.prepare(split, processor, length) for name, split in rows.items()}
+    kept = {task.train_split: [] if user_column is None else [user_column]}
+    for name, split in rows.items():
+        _check_columns(split, tuple(kept.get(name, ())), place=f"task '{task.name}', split '{name}'")
+    splits = {
+        name: task.prepare(split.select_columns([*task.columns, *kept.get(name, ())]), processor, length)
+        for name, split in rows.items()
+    }
     refuse_empty(splits, max_length=length)
     return {
         name: split if name == task.train_split else _longest_first(split) for name, split in splits.items()

@@ -195,8 +195,8 @@ def counting_every_second_release(patch: pytest.MonkeyPatch) -> None:
 def one_noise_key_for_all_ranks(patch: pytest.MonkeyPatch) -> None:
     """Fresh in every run, and the same on every rank of it."""
 
-    def noise_generator(self, *, insecure_seed=None):
-        return NoiseGenerator(device=self.device, insecure_seed=self.shared_key().reveal())
+    def noise_generator(self, *, insecure_seed=None, on_grid=False):
+        return NoiseGenerator(device=self.device, insecure_seed=self.shared_key().reveal(), on_grid=on_grid)
 
     patch.setattr(Ranks, "noise_generator", noise_generator)
 

@@ -64,6 +64,26 @@ def test_epsilon_after_is_an_upper_bound_that_ends_at_the_plan_s(sampled):
         made.epsilon_after(21)
 
 
+def test_replaced_samples_cost_more_for_the_same_noise():
+    made = full_batch(neighbouring_relation="replace_one")
+    assert made.noise_std == full_batch().noise_std
+    assert made.epsilon == full_batch(noise_multiplier=5.0).epsilon
+    assert made.epsilon_after(3) == full_batch(noise_multiplier=5.0).epsilon_after(3)
+    assert "replace one" in str(made)
+    assert made.describe()["neighbouring_relation"] == "replace_one"
+    with pytest.raises(ConfigurationError, match="neighbouring_relation was None, is 'replace_one'"):
+        PrivacyAccountant(made).load_state(PrivacyAccountant(full_batch()).state_dict())
+
+
+def test_noise_is_calibrated_for_replaced_samples():
+    made, plain = (plan(target_epsilon=3.0, neighbouring_relation=relation)
+                   for relation in ("replace_one", "add_or_remove_one"))  # fmt: skip
+    assert 2.95 < made.epsilon <= 3.0
+    assert made.noise_multiplier > 1.01 * plain.noise_multiplier
+    with pytest.raises(ConfigurationError, match="knows no bound"):
+        plan(target_epsilon=3.0, neighbouring_relation="replace_one", accountant="rdp")
+
+
 def test_full_batches():
     made = full_batch()
     assert (made.expected_batch_size, made.batch_cap, made.sampling_probability) == (1000, 1000, 1.0)

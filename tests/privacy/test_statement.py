@@ -56,6 +56,19 @@ def test_json_holds_every_item(sampled):
     assert content["warnings"] == []
 
 
+def test_replaced_samples_are_said():
+    statement = make(sampling="poisson", neighbouring_relation="replace_one")
+    content = json.loads(statement.to_json())
+    assert content["neighbouring_relation"] == "replacing one sample by another"
+    assert content["epsilon_rdp"] is None
+    assert content["epsilon"] > make(sampling="poisson").epsilon
+    prose = statement.to_prose()
+    assert "replacing one sample by another" in prose
+    assert "no bound known" in prose
+    assert "adding or removing" not in prose
+    assert json.loads(make(neighbouring_relation="replace_one").to_json())["epsilon_rdp"] > 0
+
+
 def test_prose_is_one_page_and_never_rounds_down(sampled):
     prose = sampled.to_prose()
     for part in (
@@ -100,7 +113,7 @@ def test_full_batches_say_closed_form():
 
 
 def test_stated_sizes_are_called_so():
-    assert "N = 600 (stated by the user)" in make(dataset_size=600).to_prose()
+    assert "N = 600 (stated beforehand)" in make(dataset_size=600).to_prose()
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ TAMPERED = {
     "missing field": (drop("delta"), r"delta: is missing"),
     "missing field of the plan": (drop("plan/noise_std"), r"plan\.noise_std: is missing"),
     "missing attack rate": (drop("true_positive_rate_bounds/0.1"), r"true_positive_rate_bounds\.0\.1: is missing"),
-    "wrong version": (put("statement_version", 2), r"statement_version: is 2"),
+    "wrong version": (put("statement_version", 1), r"statement_version: is 1"),
     "version true": (put("statement_version", True), r"statement_version: is True"),
     "no version": (drop("statement_version"), r"statement_version: is None"),
     "a text for a number": (put("epsilon", "0.1"), r"epsilon: is '0\.1', and must be of type"),
