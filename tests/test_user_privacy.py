@@ -122,3 +122,18 @@ def test_a_dataset_without_the_column_is_refused(tmp_path):
             model=CASES["bert-classifier"].build(), args=arguments(tmp_path), train_dataset=toy_data(),
             data_collator=pad, privacy=PrivacyArguments(**SETTINGS),
         )  # fmt: skip
+
+
+def test_samples_of_several_rows_are_refused(tmp_path):
+    made = trainer(tmp_path)
+    made.train()
+    content = made.privacy_statement().to_dict()
+    plan = content["plan"]
+    # Twice the noise for rows that come in pairs: every other number agrees.
+    altered = {
+        "samples_per_unit": 2,
+        "sensitivity": 2 * plan["sensitivity"],
+        "noise_std": 2 * plan["noise_std"],
+    }
+    with pytest.raises(ConfigurationError, match="samples_per_unit: a sample is one row"):
+        verify_statement({**content, "plan": {**plan, **altered}})

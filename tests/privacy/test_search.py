@@ -1,5 +1,7 @@
 """A search costs more than its best trial, and how much is a bound that holds."""
 
+from dataclasses import replace
+
 import dp_accounting
 import pytest
 from dp_accounting import dp_event
@@ -39,6 +41,18 @@ def test_the_best_of_random_trials_costs_what_dp_accounting_says(mean):
     found = best_of_random_epsilon(mechanism(), 50, 1e-5, mean_trials=mean)
     assert found == pytest.approx(expected, rel=1e-3)
     assert found >= expected * (1 - 1e-9)
+
+
+def test_replaced_samples_move_the_sum_twice_as_far():
+    one = {"dataset_size": 100, "sampling": "full_batch", "sampling_probability": 1.0, "batch_cap": 100}
+    replaced = Mechanism(**one, noise_multiplier=8.0, neighbouring_relation="replace_one")
+    added = Mechanism(**one, noise_multiplier=4.0)
+    found = best_of_random_epsilon(replaced, 10, 1e-5, mean_trials=5.0)
+    assert found == pytest.approx(best_of_random_epsilon(added, 10, 1e-5, mean_trials=5.0))
+    with pytest.raises(ConfigurationError, match="'rdp' knows no bound"):
+        best_of_random_epsilon(
+            replace(mechanism(), neighbouring_relation="replace_one"), 10, 1e-5, mean_trials=5.0
+        )
 
 
 def test_a_cap_only_adds():
