@@ -251,21 +251,26 @@ def _digest_of_row(dataset: Any, place: int) -> str:
     return hashlib.sha256(pickle.dumps(row)).hexdigest()
 
 
-def sampler_of(
-    plan: PrivacyPlan, dataset: Any, user_column: str | None, ranks: Ranks, lengths: Sequence[int] | None
-) -> Any:
+def sampler_of(plan: PrivacyPlan, dataset: Any, ranks: Ranks, lengths: Sequence[int] | None) -> Any:
     """Returns the sampler of a plan: of whole draws, or of this rank's share of each.
 
     Args:
         plan: The run's numbers.
         dataset: The training set.
-        user_column: Where each row names its user, if users are the unit.
         ranks: The processes; all of them call it, and get the same fresh key.
         lengths: See ``RankSampler``.
+
+    Raises:
+        ConfigurationError: If the training set has more units than the plan was made for, or names users wrongly.
     """
     steps = steps_per_epoch(plan.dataset_size, plan.expected_batch_size)
-    users = None if user_column is None else rows_by_user(dataset, user_column)
+    users = None if plan.user_column is None else rows_by_user(dataset, plan.user_column)
     units = len(dataset) if users is None else len(users)
+    if units > plan.dataset_size:
+        raise ConfigurationError(
+            f"the training set has {units} {plan.privacy_unit}s now, and the plan was made for {plan.dataset_size}. Make "
+            "a new DPTrainer for another training set."
+        )
     sampler: Any = FullBatchSampler(dataset_size=units, steps=steps)
     if plan.sampling == "poisson":
         sampler = PoissonSampler(

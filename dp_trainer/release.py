@@ -62,7 +62,7 @@ def release(
     """Puts the privatized mean gradient into ``.grad`` of every trainable parameter.
 
     Guarantee: with ``S`` the clipped sum over the drawn samples of all ranks, ``.grad`` becomes
-    ``(S + N(0, (noise_multiplier · sensitivity)²)) / expected_batch_size``, noise
+    ``(S + N(0, (noise_multiplier · sensitivity)²)) / divisor`` with the plan's numbers, noise
     drawn once, also for an empty draw and for parameters that no sample used.
     What ``.grad`` held before is discarded.
 

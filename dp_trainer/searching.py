@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.accountant import PrivacyAccountant
+from dp_trainer.privacy.accounting import is_supported
 from dp_trainer.privacy.search import RandomTrials, SearchCost, search_cost
 
 logger = logging.get_logger(__name__)
@@ -51,6 +52,12 @@ class SearchingTrainer(Trainer):  # type: ignore[misc]
         Raises:
             ConfigurationError: With ``RandomTrials``, if one trial could look at another.
         """
+        if isinstance(n_trials, RandomTrials) and not is_supported(self.plan.mechanism, "rdp"):
+            raise ConfigurationError(
+                "RandomTrials: its cost is known by Rényi divergences only, which bound no run with "
+                "neighbouring_relation='replace_one' and Poisson sampling. Give a fixed n_trials, or search with "
+                "neighbouring_relation='add_or_remove_one'."
+            )
         number = number_of_trials(n_trials, backend, backend_settings)
         self._trials = ()
         try:

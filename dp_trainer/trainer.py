@@ -223,7 +223,7 @@ class DPTrainer(PublishingTrainer, SearchingTrainer):
         lengths = self._ranks.check_run(self.model, dataset, plan, self.privacy)
         return DataLoader(
             dataset,
-            batch_sampler=sampler_of(plan, dataset, self.privacy.user_column, self._ranks, lengths),
+            batch_sampler=sampler_of(plan, dataset, self._ranks, lengths),
             collate_fn=LogicalBatchCollator(
                 data_collator=collator,
                 samples_per_micro_batch=self.args.per_device_train_batch_size,

@@ -156,6 +156,8 @@ def _run(options: argparse.Namespace) -> tuple[Mechanism, int, int]:
     if options.command == "steps":
         return mechanism, batch, 0
     steps = options.steps
+    if steps is not None and steps < 1:
+        raise ConfigurationError(f"--steps {steps} must be positive.")
     if options.epochs is not None:
         if not (math.isfinite(options.epochs) and options.epochs > 0):
             raise ConfigurationError(f"--epochs {options.epochs} must be positive.")

@@ -8,9 +8,13 @@ import pytest
 import torch
 from test_trainer import CASES, arguments, pad, toy_data, trainer
 
-from dp_trainer import ConfigurationError, DPTrainer, PrivacyArguments
+from dp_trainer import ConfigurationError, DPTrainer, PrivacyArguments, distributed
 from dp_trainer.batches import LogicalBatchCollator
+from dp_trainer.distributed import Ranks, RankSampler
 from dp_trainer.privacy.accounting import epsilon
+from dp_trainer.privacy.sampling import PoissonSampler, insecure_key
+from dp_trainer.privacy.search import RandomTrials
+from dp_trainer.privacy.users import UserSampler, rows_by_user
 from dp_trainer.privacy.verification import verify_statement
 from dp_trainer.release import release
 
@@ -37,7 +41,7 @@ def test_the_plan_counts_users(tmp_path):
     assert plan.divisor == 6
     assert plan.epsilon == epsilon(plan.mechanism, 3, 1e-3)
     assert "unit: one user" in str(plan)
-    assert "N = 8, at most 3 rows of each" in str(plan)
+    assert "N = 8, named by 'patient', at most 3 rows of each" in str(plan)
 
 
 def test_whole_passes_are_passes_over_users(tmp_path):
@@ -96,7 +100,8 @@ def test_a_run_trains_and_its_statement_holds(tmp_path):
     assert content["epsilon_rdp"] is None
     assert verify_statement(content).epsilon == pytest.approx(statement.epsilon)
     assert "one given user or another was used" in statement.to_prose()
-    for changed in ({"samples_per_unit": 1}, {"samples_per_unit": 4}, {"privacy_unit": "sample"},
+    assert content["plan"]["user_column"] == "patient"
+    for changed in ({"user_column": None}, {"samples_per_unit": 1}, {"samples_per_unit": 4}, {"privacy_unit": "sample"},
                     {"neighbouring_relation": "add_or_remove_one"}):  # fmt: skip
         with pytest.raises(ConfigurationError, match=r"does not hold"):
             verify_statement({**content, "plan": {**content["plan"], **changed}})
@@ -106,8 +111,62 @@ def test_a_checkpoint_of_another_unit_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     trainer(tmp_path, data=data(), privacy={**SETTINGS, "expected_batch_size": 2}, **settings).train()
     other = {**SETTINGS, "samples_per_user": 2, "expected_batch_size": 2}
-    with pytest.raises(ConfigurationError, match="samples_per_unit"):
+    with pytest.raises(ConfigurationError, match="samples_per_unit was 3, is 2"):
         trainer(tmp_path, data=data(), privacy=other, **settings).train(resume_from_checkpoint=True)
+    renamed = [{**row, "row_id": row["patient"]} for row in data()]
+    other = {**SETTINGS, "user_column": "row_id", "expected_batch_size": 2}
+    with pytest.raises(ConfigurationError, match="user_column was 'patient', is 'row_id'"):
+        trainer(tmp_path, data=renamed, privacy=other, **settings).train(resume_from_checkpoint=True)
+    samples = {"noise_multiplier": 1.0, "target_delta": 1e-3}
+    with pytest.raises(ConfigurationError, match="privacy_unit was 'user', is 'sample'"):
+        trainer(tmp_path, data=data(), privacy=samples, **settings).train(resume_from_checkpoint=True)
+
+
+def test_ranks_share_each_draw_of_users():
+    rows = rows_by_user(data(), "patient")
+
+    def draws():
+        users = PoissonSampler(
+            dataset_size=8, sampling_probability=0.5, batch_cap=9, steps=9, key=insecure_key(1)
+        )
+        return UserSampler(users, rows=rows, samples_per_user=2, key=insecure_key(2))
+
+    first, second = (
+        RankSampler(draws(), Ranks(rank=rank, size=2, device=torch.device("cpu"))) for rank in (0, 1)
+    )
+    whole = draws()
+    for _ in range(20):
+        draw = whole.draw()
+        shares = [ranked.share(ranked.sampler.draw()) for ranked in (first, second)]
+        assert sorted(shares[0] + shares[1]) == draw
+        assert abs(len(shares[0]) - len(shares[1])) <= 1
+
+
+def test_a_random_number_of_trials_is_refused_before_the_first_where_its_cost_is_not_known(tmp_path):
+    settings = {"noise_multiplier": 1.0, "target_delta": 1e-3, "neighbouring_relation": "replace_one"}
+    with pytest.raises(ConfigurationError, match=r"RandomTrials: .* fixed n_trials"):
+        trainer(tmp_path, privacy=settings).hyperparameter_search(n_trials=RandomTrials(3.0))
+
+
+def test_a_training_set_that_grew_is_refused(tmp_path):
+    made = trainer(tmp_path, data=data(), privacy=SETTINGS)
+    made.train_dataset = data((1,) * 9)
+    with pytest.raises(ConfigurationError, match="9 users now, and the plan was made for 8"):
+        made.train()
+
+
+def test_users_and_their_rows_are_drawn_with_different_keys(tmp_path, monkeypatch):
+    keys = []
+    for name in ("PoissonSampler", "UserSampler"):
+        kind = getattr(distributed, name)
+
+        def spy(*values, kind=kind, **settings):
+            keys.append(settings["key"].reveal())
+            return kind(*values, **settings)
+
+        monkeypatch.setattr(distributed, name, spy)
+    trainer(tmp_path, data=data(), privacy=SETTINGS).get_train_dataloader()
+    assert len(set(keys)) == 2
 
 
 def test_a_stated_number_of_users_is_a_bound(tmp_path):

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from dp_trainer.privacy.plan import PrivacyPlan
 
 RECORD_VERSION = 1
+# What records of earlier versions leave out, since there was no choice then.
+_ONCE_THE_ONLY_CHOICE = {
+    "privacy_unit": "sample",
+    "user_column": None,
+    "samples_per_unit": 1,
+    "neighbouring_relation": "add_or_remove_one",
+}
 
 
 class PrivacyAccountant:
@@ -111,7 +118,7 @@ def _checked_record(state: Mapping[str, Any] | None, plan: PrivacyPlan) -> int:
             f"The checkpoint's privacy record has version {record.get('version')!r}, this package reads "
             f"{RECORD_VERSION}. Resume with the version that wrote it."
         )
-    then, now = record["plan"], plan.identity()
+    then, now = {**_ONCE_THE_ONLY_CHOICE, **record["plan"]}, plan.identity()
     changed = [name for name in sorted({*then, *now}) if not _same(then.get(name), now.get(name))]
     if changed:
         differences = "; ".join(f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in changed)

@@ -7,7 +7,7 @@ Every ε here is an upper bound for the mechanism that runs. Three ways to compo
   Losses too large for any grid (noise of a few hundredths over very many steps) get a formal bound instead.
 - ``rdp``: Rényi divergences; looser, an independent cross-check.
 - ``prv``: opacus' composition, an independent cross-check. It follows the loss of
-  removing a sample only.
+  removing a sample only, the larger of the two wherever both were compared.
 
 Without sampling there is a closed form (``gaussian.py``), which stands in for ``pld`` and ``prv``; shuffled
 batches count as unsampled. The central-limit formula called GDP under-reports and is not offered.
@@ -26,13 +26,19 @@ from contextlib import contextmanager
 import dp_accounting
 import numpy as np
 import numpy.typing as npt
-from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from scipy import stats  # type: ignore[import-untyped]
 
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.gaussian import gaussian_epsilon
-from dp_trainer.privacy.loss_distribution import grid_width, one_step_distribution, rounding_allowance
+from dp_trainer.privacy.loss_distribution import (
+    HAS_EXTENDED_PRECISION,
+    composed,
+    grid_width,
+    one_step_distributions,
+    rounding_allowance,
+)
 from dp_trainer.privacy.mechanism import (
     NEIGHBOURING_RELATIONS,
     SAMPLINGS,
@@ -55,6 +61,7 @@ __all__ = [
     "epsilon",
     "epsilon_of_divergences",
     "is_supported",
+    "most_steps",
     "renyi_divergences",
     "renyi_epsilon_without_cap",
     "rounded_up",
@@ -68,7 +75,9 @@ FINE_CELLS, COARSE_CELLS = 40_000, 15_000
 # Beyond this width of a cell the losses are so large that only a formal bound is left.
 WIDEST_GRID = 20.0
 # δ stays so many times above what rounding may take from it.
-_ABOVE_ROUNDING = 5.0
+_ABOVE_ROUNDING = 10.0
+# Where rounding may take more than this share of δ, composing in extended precision pays.
+_NOTICED = 0.01
 
 
 class EpsilonCurve:
@@ -102,7 +111,7 @@ class EpsilonCurve:
         self.horizon = horizon
         self.accountant = accountant
         self._grid = grid_width(mechanism, horizon, cells)
-        self._one_step: privacy_loss_distribution.PrivacyLossDistribution | None = None
+        self._one_step: list[pld_pmf.PLDPmf] | None = None
 
     @property
     def grid(self) -> float | None:
@@ -136,21 +145,25 @@ class EpsilonCurve:
             # Sampling never hurts, and where the cap acts the sum moves twice as far.
             return gaussian_epsilon(2.0 * self.mechanism.distance(steps), delta)
         if self.accountant == "pld":
-            rounding = rounding_allowance(steps)
+            extended = HAS_EXTENDED_PRECISION and rounding_allowance(steps) > _NOTICED * delta
+            rounding = rounding_allowance(steps, extended=extended)
             if delta < _ABOVE_ROUNDING * rounding:
                 raise ConfigurationError(
                     f"delta {delta:g} is too small to be told from rounding after {steps} steps. "
                     f"Use at least {_ABOVE_ROUNDING * rounding:.1e}, or accountant='rdp'."
                 )
-            return float(self.composed(steps).get_epsilon_for_delta(delta - rounding))
+            found = self.composed(steps, extended=extended).get_epsilon_for_delta(delta - rounding)
+            return float(found)
         uncapped = _rdp_epsilon if self.accountant == "rdp" else _prv_epsilon
         return _epsilon_of_capped(uncapped, self.mechanism, steps, delta)
 
-    def composed(self, steps: int) -> privacy_loss_distribution.PrivacyLossDistribution:
-        """The pessimistic privacy loss distribution of ``steps`` steps."""
+    def composed(
+        self, steps: int, *, extended: bool = False
+    ) -> privacy_loss_distribution.PrivacyLossDistribution:
+        """The privacy loss distribution of ``steps`` steps, pessimistic up to ``rounding_allowance``."""
         if self._one_step is None:
-            self._one_step = one_step_distribution(self.mechanism, self._grid)
-        return self._one_step.self_compose(steps)
+            self._one_step = one_step_distributions(self.mechanism, self._grid)
+        return composed(self._one_step, steps, extended=extended)
 
     def steps_within(self, *, target_epsilon: float, target_delta: float) -> int:
         """The most steps, up to the horizon, whose ε does not exceed the target; 0 if none."""
@@ -162,6 +175,14 @@ class EpsilonCurve:
             fits = self.epsilon(middle, target_delta) <= target_epsilon
             within, beyond = (middle, beyond) if fits else (within, middle)
         return within
+
+
+def most_steps(delta: float) -> int:
+    """The most steps whose ε at this δ can be told from rounding."""
+    per_step = rounding_allowance(1, extended=HAS_EXTENDED_PRECISION) - rounding_allowance(
+        0, extended=HAS_EXTENDED_PRECISION
+    )
+    return math.floor((delta / _ABOVE_ROUNDING - rounding_allowance(0)) / per_step * (1.0 - 1e-9))
 
 
 def is_supported(mechanism: Mechanism, accountant: str) -> bool:

@@ -18,9 +18,9 @@ def attack_rates(
 ) -> Mapping[float, float]:
     """What (ε, δ) means for an attack: the best possible true-positive rates.
 
-    Guarantee: no test of whether one given sample was used, which is wrong on unused samples
-    at most at the given rate, is right on used ones more often than this. Sees
-    every noised update, knows all other samples.
+    Guarantee: no test of whether one given sample was used (or one user; or, where the relation is
+    replacement, which of two given ones was), wrong on unused ones at most at the given rate, is
+    right on used ones more often than this. It sees every noised update and knows all others.
 
     Args:
         mechanism: The release that is repeated.

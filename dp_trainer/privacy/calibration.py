@@ -11,6 +11,7 @@ from dp_trainer.privacy.accounting import (
     FINE_CELLS,
     EpsilonCurve,
     check_supported,
+    most_steps,
     renyi_epsilon_without_cap,
 )
 from dp_trainer.privacy.gaussian import gaussian_distance
@@ -80,7 +81,12 @@ def calibrate_noise(
         distance = gaussian_distance(target_epsilon, target_delta)
         found = max(SMALLEST_NOISE_MULTIPLIER, mechanism(1.0).distance(steps) / distance)
         # Rounding in σ → μ → ε may land a hair above the target.
-        return found if spent(found) <= target_epsilon else found * (1.0 + 1e-9)
+        hair = 1e-9
+        while spent(found) > target_epsilon:
+            found, hair = found * (1.0 + hair), 2.0 * hair
+        if found > LARGEST_NOISE_MULTIPLIER:
+            raise _unreachable(target_epsilon)
+        return found
     start = _renyi_guess(
         lambda value: renyi_epsilon_without_cap(mechanism(value), steps, target_delta, _FEW_ORDERS),
         target_epsilon,
@@ -94,9 +100,9 @@ def calibrate_steps(
 ) -> int:
     """The most steps of a mechanism whose ε is within the target.
 
-    Guarantee: the verified ε of the returned number is at most ``target_epsilon``, and one
-    thousandth more steps, or a single one, exceed it on the finer of two grids; but never more than
-    ``LARGEST_STEPS``, beyond which it does not look.
+    Guarantee: the verified ε of the returned number is at most ``target_epsilon``. It is the largest such
+    number to about a thousandth, but never more than ``LARGEST_STEPS`` or than can be told from rounding at
+    this δ, beyond which it does not look.
 
     Args:
         mechanism: The release that is repeated, with its noise.
@@ -119,12 +125,12 @@ def calibrate_steps(
             f"Not one step with noise_multiplier {mechanism.noise_multiplier:g} fits epsilon {target_epsilon:g} at "
             f"delta {target_delta:g}. Raise the noise or the target."
         )
-    low, high = 1, 8
-    while spent(min(high, LARGEST_STEPS)) <= target_epsilon:
-        if high >= LARGEST_STEPS:
-            return LARGEST_STEPS
-        low, high = high, 8 * high
-    high = min(high, LARGEST_STEPS)
+    most = min(LARGEST_STEPS, most_steps(target_delta)) if accountant == "pld" else LARGEST_STEPS
+    low, high = 1, min(8, most)
+    while spent(high) <= target_epsilon:
+        if high == most:
+            break
+        low, high = high, min(8 * high, most)
     curve = EpsilonCurve(mechanism, horizon=high, accountant=accountant, cells=FINE_CELLS)
     if curve.epsilon(high, target_delta) <= target_epsilon:
         return high
@@ -169,6 +175,8 @@ def calibrate_batch_size(
         PrivacyBudgetError: If not even the smallest batch fits.
     """
     _check_target("calibrate_batch_size", target_epsilon, target_delta)
+    if epochs is not None:
+        _check_epochs(epochs)
     if (steps is None) == (epochs is None) or sampling == "full_batch":
         raise ConfigurationError(
             "calibrate_batch_size: give steps or epochs, one of them, and a sampling other than 'full_batch', whose "
@@ -221,9 +229,13 @@ def steps_in(epochs: float, dataset_size: int, batch_size: int) -> int:
     Raises:
         ConfigurationError: If ``epochs`` is not positive.
     """
-    if not (math.isfinite(epochs) and epochs > 0.0):
-        raise ConfigurationError(f"epochs {epochs} must be positive.")
+    _check_epochs(epochs)
     return math.ceil(epochs * steps_of_one_pass(dataset_size, batch_size))
+
+
+def _check_epochs(epochs: float) -> None:
+    if not (math.isfinite(epochs) and epochs > 0.0):
+        raise ConfigurationError(f"epochs is {epochs!r}. It must be a positive number.")
 
 
 def _check_target(place: str, target_epsilon: float, target_delta: float) -> None:

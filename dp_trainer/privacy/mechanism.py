@@ -37,8 +37,8 @@ class Mechanism:
         dataset_size: Public number N of samples. At most this many may be at hand.
         sampling: ``"poisson"``, ``"full_batch"`` or ``"shuffle"``.
         sampling_probability: q, in (0, 1]; 1 for full batches and for shuffling, which claims no amplification.
-        batch_cap: Largest logical batch that is processed; at or above N it never acts. With shuffling
-            the logical batch itself.
+        batch_cap: Largest logical batch that is processed; above N it never acts, not even with the sample
+            that a neighbour has more. With shuffling the logical batch itself.
         noise_multiplier: Noise std over sensitivity R; 0 means no privacy.
         neighbouring_relation: ``"add_or_remove_one"`` or ``"replace_one"``.
 
@@ -91,10 +91,12 @@ class Mechanism:
 
     @property
     def cap_probability(self) -> float:
-        """w: probability that the other samples alone reach the cap, for any dataset of up to N + 1."""
-        if self.sampling != "poisson" or self.batch_cap >= self.dataset_size:
+        """w: probability that the other samples alone reach the cap; neighbours have at most N + 1, or N if replaced."""
+        # Neighbours by replacement have N samples both: one, and N - 1 others.
+        others = self.dataset_size - 1 if self.replaces else self.dataset_size
+        if self.sampling != "poisson" or self.batch_cap > others:
             return 0.0
-        return float(stats.binom.sf(self.batch_cap - 1, self.dataset_size, self.sampling_probability))
+        return float(stats.binom.sf(self.batch_cap - 1, others, self.sampling_probability))
 
     @property
     def is_unsampled(self) -> bool:
@@ -128,7 +130,7 @@ class Mechanism:
     def event(self, steps: int) -> dp_accounting.DpEvent:
         """The run in dp_accounting's vocabulary, for records and other accountants.
 
-        It names N + 1, the larger of the two datasets that are compared. The relation is
+        It names the larger of the two datasets that are compared. The relation is
         not part of an event: hand it to the accountant.
         """
         if self.is_unsampled:
@@ -139,7 +141,7 @@ class Mechanism:
             )
         else:
             release = dp_accounting.TruncatedSubsampledGaussianDpEvent(
-                dataset_size=self.dataset_size + 1,
+                dataset_size=self.dataset_size + (0 if self.replaces else 1),
                 sampling_probability=self.sampling_probability,
                 truncated_batch_size=self.batch_cap,
                 noise_multiplier=self.noise_multiplier,
@@ -204,7 +206,8 @@ def mechanism_of(
 
 def default_batch_cap(*, dataset_size: int, expected_batch_size: int) -> int:
     """Six standard deviations above the expected batch size: rarely reached, so it costs almost no ε."""
-    return min(dataset_size, math.ceil(expected_batch_size + 6.0 * math.sqrt(expected_batch_size)))
+    # One more than all there are: the cap must not act either where a neighbour has a sample more.
+    return min(dataset_size + 1, math.ceil(expected_batch_size + 6.0 * math.sqrt(expected_batch_size)))
 
 
 def steps_of_one_pass(dataset_size: int, batch_size: int) -> int:

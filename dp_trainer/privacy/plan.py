@@ -40,6 +40,7 @@ class PrivacyPlan:
 
     Args:
         privacy_unit: ``"sample"`` or ``"user"``.
+        user_column: Column of the training set that names users; None where samples are the unit.
         samples_per_unit: Most rows of one unit in one release; 1 for samples.
         dataset_size: Public number of units N.
         dataset_size_stated: Whether N was stated; else it is counted in the dataset, and taken as public.
@@ -62,6 +63,7 @@ class PrivacyPlan:
     """
 
     privacy_unit: str
+    user_column: str | None
     samples_per_unit: int
     dataset_size: int
     dataset_size_stated: bool
@@ -135,14 +137,11 @@ class PrivacyPlan:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a checkpoint and its resumption."""
-        # Records of earlier versions do not name what was the only choice then.
-        chosen = {
-            "privacy_unit": (self.privacy_unit, "sample"),
-            "samples_per_unit": (self.samples_per_unit, 1),
-            "neighbouring_relation": (self.neighbouring_relation, "add_or_remove_one"),
-        }
         return {
-            **{name: value for name, (value, only) in chosen.items() if value != only},
+            "privacy_unit": self.privacy_unit,
+            "user_column": self.user_column,
+            "samples_per_unit": self.samples_per_unit,
+            "neighbouring_relation": self.neighbouring_relation,
             "dataset_size": self.dataset_size,
             "expected_batch_size": self.expected_batch_size,
             "sampling": self.sampling,
@@ -157,9 +156,6 @@ class PrivacyPlan:
         """All numbers, ready for JSON (an infinite ε becomes None)."""
         return {
             **self.identity(),
-            "privacy_unit": self.privacy_unit,
-            "samples_per_unit": self.samples_per_unit,
-            "neighbouring_relation": self.neighbouring_relation,
             "dataset_size_stated": self.dataset_size_stated,
             "sensitivity": self.sensitivity,
             "noise_std": self.noise_std,
@@ -177,9 +173,9 @@ class PrivacyPlan:
         clip = self.clipping.describe()
         settings = ", ".join(f"{name} {value:g}" for name, value in clip.items() if isinstance(value, float))
         budget = "no target" if self.target_epsilon is None else f"target {self.target_epsilon:g}"
-        rows = (
-            "" if self.privacy_unit == "sample" else f", at most {self.samples_per_unit} rows of each a step"
-        )
+        rows = ""
+        if self.privacy_unit == "user":
+            rows = f", named by '{self.user_column}', at most {self.samples_per_unit} rows of each a step"
         lines = [
             f"Privacy plan (unit: one {self.privacy_unit}; neighbours: "
             + ("replace one)" if self.mechanism.replaces else "add or remove one)"),
@@ -230,6 +226,7 @@ def make_plan(
     curve = EpsilonCurve(mechanism, horizon=allowed, accountant=arguments.accountant, cells=FINE_CELLS)
     plan = PrivacyPlan(
         privacy_unit=arguments.privacy_unit,
+        user_column=arguments.user_column,
         samples_per_unit=arguments.samples_per_user or 1,
         dataset_size=mechanism.dataset_size,
         dataset_size_stated=arguments.dataset_size is not None,

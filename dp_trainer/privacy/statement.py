@@ -163,9 +163,10 @@ class PrivacyStatement:
         plan = self.plan
         clip = plan.clipping.describe()
         settings = ", ".join(f"{name} {value:g}" for name, value in clip.items() if isinstance(value, float))
-        unit, most = plan.privacy_unit, ""
+        unit, named, most = plan.privacy_unit, "", ""
         public = "stated beforehand" if plan.dataset_size_stated else "counted, and taken as public"
         if unit == "user":
+            named = f", named by column '{plan.user_column}'"
             most = f", with at most {plan.samples_per_unit} rows of each"
         grid = "" if self.grid is None else f", grid {self.grid:.2g}"
         draw = f"every {unit}, every step"
@@ -187,7 +188,7 @@ class PrivacyStatement:
             "",
             "| | |",
             "| --- | --- |",
-            f"| unit | {UNITS[unit]} |",
+            f"| unit | {UNITS[unit]}{named} |",
             f"| neighbouring datasets | {NEIGHBOURS[plan.neighbouring_relation].format(unit)} |",
             f"| {unit}s | N = {plan.dataset_size} ({public}) |",
             f"| sampling | {draw}{most} |",
@@ -232,7 +233,9 @@ def statement_warnings(
             "contribution is bounded was not checked on this model."
         )
     if delta * dataset_size >= 1.0:
-        found.append("LARGE δ: δ is not below 1/N, which would allow to publish a whole sample now and then.")
+        found.append(
+            "LARGE δ: δ is not below 1/N, which would allow to publish all of one unit now and then."
+        )
     return tuple(found)
 
 

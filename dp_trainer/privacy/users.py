@@ -10,8 +10,8 @@ Which rows a user is drawn with depends on that user's rows and on fresh randomn
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +19,44 @@ from numpy.typing import NDArray
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.sampling import FullBatchSampler, PoissonSampler, SecretKey, refuse_to_store
 
-Rows = NDArray[np.int64]
+Rows: TypeAlias = NDArray[np.int64]
+_Name: TypeAlias = str | bytes | int | float
 
 
 def rows_by_user(dataset: Any, column: str) -> tuple[Rows, ...]:
     """Returns each user's row numbers, users in the order in which they first appear.
 
-    Guarantee: every row belongs to exactly one user.
+    Guarantee: every row belongs to exactly one user, and rows with equal names to the same one.
 
     Args:
         dataset: The training set; a table of the ``datasets`` library is read by column, others row by row.
         column: Where each row names its user.
 
     Raises:
-        ConfigurationError: If a row names no user, or names one by something that cannot be compared.
+        ConfigurationError: If a row names no user, names one by something else than a text or a number, or
+            some rows use texts and others numbers.
     """
-    users: dict[Hashable, list[int]] = {}
-    for row, user in enumerate(_column(dataset, column)):
-        # NaN differs from itself, so that each such row would pass for another user's.
-        if user is None or not isinstance(user, Hashable) or user != user:
-            raise ConfigurationError(
-                f"row {row}, column '{column}' of the training set: {user!r} names no user. Give every row the text or "
-                "number of its user, or leave the row out."
-            )
-        users.setdefault(user, []).append(row)
+    users: dict[_Name, list[int]] = {}
+    for row, value in enumerate(_column(dataset, column)):
+        users.setdefault(_name(value, f"row {row}, column '{column}' of the training set"), []).append(row)
+    kinds = {type(user).__name__ for user in users}
+    if len(kinds) > 1:
+        raise ConfigurationError(
+            f"column '{column}' of the training set names users by {' and '.join(sorted(kinds))}: one user might pass for "
+            "two. Convert all names to text."
+        )
     return tuple(np.asarray(rows, dtype=np.int64) for rows in users.values())
+
+
+def _name(value: Any, place: str) -> _Name:
+    """The plain text or number that a value is; equal values, and no others, have equal names."""
+    # Tensors are equal to themselves only, so that each row would pass for another user's; NaN is not even that.
+    plain = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+    if not isinstance(plain, str | bytes | int | float) or plain != plain:
+        raise ConfigurationError(
+            f"{place}: {value!r} names no user. Give every row the text or number of its user, or leave the row out."
+        )
+    return plain
 
 
 def _column(dataset: Any, column: str) -> Iterator[Any]:

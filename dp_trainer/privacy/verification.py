@@ -6,7 +6,8 @@ is worked out here anew from the mechanism it names.
 
 **What a file alone cannot show.** That the run happened as described: that this many
 releases were made and not more, that noise was added and each sample clipped, that N is true,
-that the key was secret, or that the file belongs to the weights beside it. Somebody who lowers the
+that the key was secret, that the column it names tells one user from another, or that the file belongs to
+the weights beside it. Somebody who lowers the
 steps and every number that follows from them writes a statement of another run, and a correct one. Against
 that help the run's checkpoints (``privacy_record.json`` and ``trainer_state.json`` count the
 steps too), its configuration and logs, and a signature of whoever ran it.
@@ -174,6 +175,10 @@ def _contradictions(content: Mapping[str, Any], clipping: ClippingFunction) -> l
             "neighbouring_relation: plan.neighbouring_relation and plan.privacy_unit say otherwise",
         ),
         (unit == "sample" and rows != 1, "plan.samples_per_unit: a sample is one row"),
+        (
+            (unit == "user") is (plan["user_column"] is None),
+            "plan.user_column: names users, and plan.privacy_unit says otherwise",
+        ),
         (full and plan["batch_cap"] != size, "plan.batch_cap: full batches have every sample"),
         (full and batch != size, "plan.expected_batch_size: full batches have every sample"),
         (plan["batch_cap"] < batch, "plan.batch_cap: is below plan.expected_batch_size"),

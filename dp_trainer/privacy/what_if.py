@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dp_trainer.privacy.accounting import COARSE_CELLS, EpsilonCurve
+from dp_trainer.privacy.accounting import COARSE_CELLS, EpsilonCurve, most_steps
 from dp_trainer.privacy.mechanism import SMALLEST_DELTA, Mechanism, mechanism_of, steps_of_one_pass
 
 
@@ -108,6 +108,8 @@ def _rows(
 def _makes_sense(mechanism: Mechanism, run: dict[str, float | int | str]) -> bool:
     batch, size = int(run["batch"]), mechanism.dataset_size
     if not 1 <= batch <= size or float(run["delta"]) < SMALLEST_DELTA:
+        return False
+    if int(run["steps"]) > most_steps(float(run["delta"])):
         return False
     if run["sampling"] == "shuffle" and steps_of_one_pass(size, batch) == 1:
         return False

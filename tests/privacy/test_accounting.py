@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import dp_accounting
 import numpy as np
@@ -13,17 +14,27 @@ from dp_accounting.pld import PLDAccountant
 from scipy import stats
 
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
+from dp_trainer.privacy import accounting
 from dp_trainer.privacy.accounting import (
     COARSE_CELLS,
+    FINE_CELLS,
     EpsilonCurve,
     Mechanism,
     default_batch_cap,
     epsilon,
+    most_steps,
     rounded_up,
 )
 from dp_trainer.privacy.attack import attack_rates
 from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.gaussian import gaussian_delta, gaussian_distance, gaussian_epsilon, gaussian_power
+from dp_trainer.privacy.loss_distribution import (
+    HAS_EXTENDED_PRECISION,
+    composed,
+    grid_width,
+    one_step_distributions,
+    rounding_allowance,
+)
 
 
 def poisson(size, batch, sigma, cap=None):
@@ -31,7 +42,7 @@ def poisson(size, batch, sigma, cap=None):
         dataset_size=size,
         sampling="poisson",
         sampling_probability=batch / size,
-        batch_cap=size if cap is None else cap,
+        batch_cap=size + 1 if cap is None else cap,
         noise_multiplier=sigma,
     )
 
@@ -128,11 +139,15 @@ def test_the_default_cap_costs_almost_nothing():
     assert cap == 160
     capped, uncapped = (epsilon(poisson(10_000, 100, 0.8, c), 2000, 1e-5) for c in (cap, None))
     assert uncapped <= capped <= uncapped * 1.001
-    assert default_batch_cap(dataset_size=20, expected_batch_size=16) == 20
+    assert default_batch_cap(dataset_size=20, expected_batch_size=16) == 21
 
 
-def test_a_cap_at_the_dataset_size_never_acts():
-    assert poisson(20, 16, 1.0, 20).cap_probability == 0.0
+def test_a_cap_above_the_dataset_size_never_acts():
+    assert poisson(20, 16, 1.0, 21).cap_probability == 0.0
+    # A neighbour has 21 samples, so that a cap of 20 may push one out.
+    assert poisson(20, 16, 1.0, 20).cap_probability == pytest.approx(0.8**20)
+    assert poisson(20, 20, 1.0, 20).cap_probability == 1.0
+    assert replace(poisson(20, 20, 1.0, 20), neighbouring_relation="replace_one").cap_probability == 0.0
     assert poisson(20, 16, 1.0, 19).cap_probability > 0.05
     assert poisson(20, 20, 1.0).is_unsampled
     assert not poisson(20, 20, 1.0, 19).is_unsampled
@@ -187,6 +202,36 @@ def test_epsilon_grows_with_steps_and_batch_and_falls_with_noise_and_delta():
         assert values == sorted(set(values))
 
 
+@pytest.mark.skipif(not HAS_EXTENDED_PRECISION, reason="this processor has no extended precision")
+def test_extended_precision_composes_the_same_distribution():
+    grid = 0.05
+    one_step = one_step_distributions(poisson(1000, 50, 0.9), grid)
+    losses = np.linspace(0.0, 6.0, 50)
+    for steps in (1, 3, 40):
+        double, extended = (
+            np.asarray(composed(one_step, steps, extended=choice).get_delta_for_epsilon(losses))
+            for choice in (False, True)
+        )
+        assert double == pytest.approx(extended, rel=1e-9, abs=1e-14)
+        assert extended[0] > extended[-1] > 0.0
+
+
+@pytest.mark.skipif(not HAS_EXTENDED_PRECISION, reason="this processor has no extended precision")
+@pytest.mark.parametrize("mechanism", [poisson(10**5, 256, 0.61161), poisson(10**4, 5000, 40.0)], ids=str)
+def test_rounding_takes_less_than_what_is_allowed_for_it(mechanism):
+    steps, losses = 20_000, np.linspace(0.5, 12.0, 60)
+    one_step = one_step_distributions(mechanism, grid_width(mechanism, steps, FINE_CELLS))
+    double, extended = (
+        np.asarray(composed(one_step, steps, extended=choice).get_delta_for_epsilon(losses))
+        for choice in (False, True)
+    )
+    lacking = (extended - double).max()
+    # Not far more either: else nothing would be measured here.
+    assert 0.001 * rounding_allowance(steps) < abs(extended - double).max()
+    assert lacking < 0.5 * rounding_allowance(steps)
+    assert rounding_allowance(steps, extended=True) < 0.01 * rounding_allowance(steps)
+
+
 def test_composition_by_steps_equals_the_product_distribution():
     mechanism = poisson(100, 20, 1.5, 47)
     once, twice = (EpsilonCurve(mechanism, horizon=2, cells=20_000).composed(steps) for steps in (1, 2))
@@ -203,7 +248,7 @@ def test_numerical_composition_never_beats_the_exact_one(sigma, steps, delta):
         dataset_size=10,
         sampling="poisson",
         sampling_probability=1 - 1e-13,
-        batch_cap=10,
+        batch_cap=11,
         noise_multiplier=sigma,
     )
     exact = gaussian_epsilon(math.sqrt(steps) / sigma, delta)
@@ -279,9 +324,14 @@ def test_delta_is_checked(delta):
         epsilon(poisson(100, 10, 1.0), 5, delta)
 
 
-def test_delta_is_checked_against_rounding():
+def test_delta_is_checked_against_rounding(monkeypatch):
+    # As on processors without extended precision.
+    monkeypatch.setattr(accounting, "HAS_EXTENDED_PRECISION", False)
     with pytest.raises(ConfigurationError, match="rounding after 1000000 steps"):
         EpsilonCurve(poisson(10**6, 10, 1.0), horizon=10**6).epsilon(10**6, 1e-10)
+    assert most_steps(1e-10) < 10**4 < most_steps(1e-9)
+    curve = EpsilonCurve(poisson(10**6, 10, 1.0), horizon=most_steps(1e-10))
+    assert curve.epsilon(curve.horizon, 1e-10) > 0.0
 
 
 @pytest.mark.parametrize(

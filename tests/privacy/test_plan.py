@@ -71,7 +71,9 @@ def test_replaced_samples_cost_more_for_the_same_noise():
     assert made.epsilon_after(3) == full_batch(noise_multiplier=5.0).epsilon_after(3)
     assert "replace one" in str(made)
     assert made.describe()["neighbouring_relation"] == "replace_one"
-    with pytest.raises(ConfigurationError, match="neighbouring_relation was None, is 'replace_one'"):
+    with pytest.raises(
+        ConfigurationError, match="neighbouring_relation was 'add_or_remove_one', is 'replace_one'"
+    ):
         PrivacyAccountant(made).load_state(PrivacyAccountant(full_batch()).state_dict())
 
 

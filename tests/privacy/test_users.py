@@ -6,6 +6,7 @@ import pickle
 import datasets
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from dp_trainer.errors import ConfigurationError
@@ -45,7 +46,32 @@ def test_a_missing_column_is_named(table):
         rows_by_user(data, "patient")
 
 
-@pytest.mark.parametrize("user", [None, float("nan"), ["a"]], ids=str)
+@pytest.mark.parametrize("number", [torch.tensor, np.int64, float])
+def test_numbers_of_any_kind_are_the_same_user_s(number):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, row):
+            return {"patient": number([1, 1, 2, 2][row])}
+
+    assert [list(group) for group in rows_by_user(Rows(), "patient")] == [[0, 1], [2, 3]]
+    part = torch.utils.data.Subset(
+        datasets.Dataset.from_dict({"patient": [7, 8, 7, 8]}).with_format("torch"), [0, 1, 2]
+    )
+    assert [list(group) for group in rows_by_user(part, "patient")] == [[0, 2], [1]]
+
+
+def test_texts_beside_numbers_are_refused():
+    with pytest.raises(ConfigurationError, match=r"int and str.*Convert"):
+        rows_by_user([{"patient": 1}, {"patient": "1"}], "patient")
+
+
+@pytest.mark.parametrize(
+    "user",
+    [None, float("nan"), ["a"], (1.0, 2), object(), torch.ones(2), torch.tensor(float("nan"))],
+    ids=str,
+)
 def test_a_row_of_nobody_is_refused(user):
     with pytest.raises(ConfigurationError, match=r"row 1, column 'patient'.*names no user"):
         rows_by_user([{"patient": "a"}, {"patient": user}], "patient")
