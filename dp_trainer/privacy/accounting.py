@@ -33,7 +33,6 @@ from scipy import stats  # type: ignore[import-untyped]
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.gaussian import gaussian_epsilon
 from dp_trainer.privacy.loss_distribution import (
-    HAS_EXTENDED_PRECISION,
     composed,
     grid_width,
     one_step_distributions,
@@ -76,8 +75,6 @@ FINE_CELLS, COARSE_CELLS = 40_000, 15_000
 WIDEST_GRID = 20.0
 # δ stays so many times above what rounding may take from it.
 _ABOVE_ROUNDING = 10.0
-# Where rounding may take more than this share of δ, composing in extended precision pays.
-_NOTICED = 0.01
 
 
 class EpsilonCurve:
@@ -145,25 +142,21 @@ class EpsilonCurve:
             # Sampling never hurts, and where the cap acts the sum moves twice as far.
             return gaussian_epsilon(2.0 * self.mechanism.distance(steps), delta)
         if self.accountant == "pld":
-            extended = HAS_EXTENDED_PRECISION and rounding_allowance(steps) > _NOTICED * delta
-            rounding = rounding_allowance(steps, extended=extended)
+            rounding = rounding_allowance(steps)
             if delta < _ABOVE_ROUNDING * rounding:
                 raise ConfigurationError(
                     f"delta {delta:g} is too small to be told from rounding after {steps} steps. "
                     f"Use at least {_ABOVE_ROUNDING * rounding:.1e}, or accountant='rdp'."
                 )
-            found = self.composed(steps, extended=extended).get_epsilon_for_delta(delta - rounding)
-            return float(found)
+            return float(self.composed(steps).get_epsilon_for_delta(delta - rounding))
         uncapped = _rdp_epsilon if self.accountant == "rdp" else _prv_epsilon
         return _epsilon_of_capped(uncapped, self.mechanism, steps, delta)
 
-    def composed(
-        self, steps: int, *, extended: bool = False
-    ) -> privacy_loss_distribution.PrivacyLossDistribution:
+    def composed(self, steps: int) -> privacy_loss_distribution.PrivacyLossDistribution:
         """The privacy loss distribution of ``steps`` steps, pessimistic up to ``rounding_allowance``."""
         if self._one_step is None:
             self._one_step = one_step_distributions(self.mechanism, self._grid)
-        return composed(self._one_step, steps, extended=extended)
+        return composed(self._one_step, steps)
 
     def steps_within(self, *, target_epsilon: float, target_delta: float) -> int:
         """The most steps, up to the horizon, whose ε does not exceed the target; 0 if none."""
@@ -179,10 +172,8 @@ class EpsilonCurve:
 
 def most_steps(delta: float) -> int:
     """The most steps whose ε at this δ can be told from rounding."""
-    per_step = rounding_allowance(1, extended=HAS_EXTENDED_PRECISION) - rounding_allowance(
-        0, extended=HAS_EXTENDED_PRECISION
-    )
-    return math.floor((delta / _ABOVE_ROUNDING - rounding_allowance(0)) / per_step * (1.0 - 1e-9))
+    fixed = rounding_allowance(0)
+    return math.floor((delta / _ABOVE_ROUNDING - fixed) / (rounding_allowance(1) - fixed) * (1.0 - 1e-3))
 
 
 def is_supported(mechanism: Mechanism, accountant: str) -> bool:

@@ -91,8 +91,8 @@ def calibrate_noise(
         lambda value: renyi_epsilon_without_cap(mechanism(value), steps, target_delta, _FEW_ORDERS),
         target_epsilon,
     )
-    rough = _smallest_within(lambda value: spent(value, _ROUGH_CELLS), target_epsilon, start)
-    return _polished(lambda value: spent(value, FINE_CELLS), target_epsilon, rough)
+    rough, slope = _smallest_within(lambda value: spent(value, _ROUGH_CELLS), target_epsilon, start)
+    return _polished(lambda value: spent(value, FINE_CELLS), target_epsilon, rough, slope)
 
 
 def calibrate_steps(
@@ -276,22 +276,30 @@ def _renyi_guess(spent: Callable[[float], float], target: float) -> float:
     return math.exp(high)
 
 
-def _polished(spent: Callable[[float], float], target: float, start: float) -> float:
-    """The smallest noise multiplier on target, to 0.12 % or to 0.1 % of the target, in few evaluations."""
+def _polished(spent: Callable[[float], float], target: float, start: float, slope: float) -> float:
+    """The smallest noise multiplier on target, to 0.12 % or to 0.2 % of the target, in few evaluations.
+
+    Args:
+        spent: ε of a noise multiplier; decreases.
+        target: ε wanted.
+        start: Where to begin.
+        slope: How many times faster than the noise grows ε falls there, about.
+    """
     low, high, at_low, at_high = 0.0, math.inf, math.inf, 0.0
-    guess, slope = start, 1.0
+    guess, last, at_last = start, start, math.inf
     while True:
         at_guess = spent(guess)
         if at_guess <= target:
             high, at_high = guess, at_guess
         else:
             low, at_low = guess, at_guess
-        if high <= max(1.0012 * low, SMALLEST_NOISE_MULTIPLIER) or 0.999 * target <= at_high:
+        if high <= max(1.0012 * low, SMALLEST_NOISE_MULTIPLIER) or 0.998 * target <= at_high:
             return high
         known = 0.0 < at_high < at_low < math.inf
-        if known:
-            # Nearly a straight line in log-log.
-            slope = math.log(at_low / at_high) / math.log(high / low)
+        if 0.0 < at_guess < math.inf and 0.0 < at_last < math.inf and at_guess != at_last:
+            # Nearly a straight line in log-log, through the last two.
+            slope = max(0.3, math.log(at_last / at_guess) / math.log(guess / last))
+        last, at_last = guess, at_guess
         # A little to the safe side, so that the next one is on target.
         factor = (at_guess / (0.9996 * target)) ** (1.0 / slope) if 0.0 < at_guess < math.inf else 1.1
         guess *= min(max(factor if at_guess > 0.0 else 1 / 1.1, 0.8), 1.25)
@@ -302,8 +310,8 @@ def _polished(spent: Callable[[float], float], target: float, start: float) -> f
             raise _unreachable(target)
 
 
-def _smallest_within(spent: Callable[[float], float], target: float, start: float) -> float:
-    """A noise multiplier within 3 % of the smallest whose ε is on target; ``spent`` decreases."""
+def _smallest_within(spent: Callable[[float], float], target: float, start: float) -> tuple[float, float]:
+    """A noise multiplier within 3 % of the smallest whose ε is on target, and how fast ε falls; ``spent`` decreases."""
     low = high = start
     at_low = at_high = spent(start)
     factor = 1.1
@@ -317,7 +325,7 @@ def _smallest_within(spent: Callable[[float], float], target: float, start: floa
     while at_low <= target:
         high, at_high = low, at_low
         if low == SMALLEST_NOISE_MULTIPLIER:
-            return low
+            return low, 1.0
         low, factor = max(SMALLEST_NOISE_MULTIPLIER, low / factor), factor**2
         at_low = spent(low)
     while high / low > 1.03:
@@ -332,7 +340,10 @@ def _smallest_within(spent: Callable[[float], float], target: float, start: floa
             high, at_high = guess, at_guess
         else:
             low, at_low = guess, at_guess
-    return high
+    slope = 1.0
+    if 0.0 < at_high < at_low < math.inf and high > low:
+        slope = max(0.5, math.log(at_low / at_high) / math.log(high / low))
+    return high, slope
 
 
 def _unreachable(target_epsilon: float) -> PrivacyBudgetError:

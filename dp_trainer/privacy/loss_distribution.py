@@ -42,6 +42,8 @@ Losses = NDArray[np.float64]
 _LOG_TAIL = -50.0
 # What a composition may cut off, as in dp_accounting.
 _TAIL_MASS = 1e-15
+# Where Chernoff's bound says how far a composition reaches: fewer places than in dp_accounting take less time.
+_CHERNOFF_ORDERS = np.outer((-1.0, 1.0), (0.5, 1.0, 1.5, 2.5, 4.0, 6.0, 9.0, 14.0, 20.0)).ravel()
 _CELLS_IN_SPREAD = 2500.0
 _SMALLEST_MIXTURE_WEIGHT = 1e-17
 
@@ -49,7 +51,7 @@ _SMALLEST_MIXTURE_WEIGHT = 1e-17
 HAS_EXTENDED_PRECISION = bool(np.finfo(np.longdouble).eps < 1e-18)
 
 
-def rounding_allowance(steps: int, *, extended: bool = False) -> float:
+def rounding_allowance(steps: int, *, extended: bool | None = None) -> float:
     """More than rounding can take from δ in a composition of so many steps.
 
     Raising the transform to the power of k multiplies its rounding by k. In double precision, compositions of
@@ -58,8 +60,9 @@ def rounding_allowance(steps: int, *, extended: bool = False) -> float:
 
     Args:
         steps: Steps composed.
-        extended: Whether they were composed in extended precision.
+        extended: Whether they were composed in extended precision; if the processor has it, if not given.
     """
+    extended = HAS_EXTENDED_PRECISION if extended is None else extended
     return 1e-14 + (1e-18 if extended else 1e-15) * steps
 
 
@@ -81,7 +84,7 @@ class ExtendedPmf(pld_pmf.DensePLDPmf):  # type: ignore[misc]
     def self_compose(self, num_times: int, tail_mass_truncation: float = _TAIL_MASS) -> pld_pmf.DensePLDPmf:
         """Returns the distribution of so many independent losses; what tails lose counts as infinite loss."""
         lowest, highest = pld_common.compute_self_convolve_bounds(
-            self._probs, num_times, tail_mass_truncation
+            self._probs, num_times, tail_mass_truncation, orders=_CHERNOFF_ORDERS / len(self._probs)
         )
         size = highest - lowest + 1
         period = fft.next_fast_len(max(size, len(self._probs)))
@@ -99,15 +102,18 @@ class ExtendedPmf(pld_pmf.DensePLDPmf):  # type: ignore[misc]
 
 
 def composed(
-    one_step: Sequence[pld_pmf.PLDPmf], steps: int, *, extended: bool
+    one_step: Sequence[pld_pmf.PLDPmf], steps: int, *, extended: bool | None = None
 ) -> privacy_loss_distribution.PrivacyLossDistribution:
     """The distribution of so many steps' losses.
 
     Args:
         one_step: What ``one_step_distributions`` returned.
         steps: At least 1.
-        extended: Whether to compose in extended precision, which takes about four times as long.
+        extended: Whether to compose in extended precision; if the processor has it, if not given.
     """
+    extended = HAS_EXTENDED_PRECISION if extended is None else extended
+    if steps == 1:
+        return privacy_loss_distribution.PrivacyLossDistribution(*one_step)
     pmfs = [ExtendedPmf.of(pmf) if extended else pmf for pmf in one_step]
     return privacy_loss_distribution.PrivacyLossDistribution(*(pmf.self_compose(steps) for pmf in pmfs))
 

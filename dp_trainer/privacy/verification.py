@@ -27,6 +27,7 @@ from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.accounting import FINE_CELLS, EpsilonCurve, is_supported
 from dp_trainer.privacy.attack import attack_rates
 from dp_trainer.privacy.clipping import CLIPPING_FUNCTIONS, ClippingFunction
+from dp_trainer.privacy.loss_distribution import HAS_EXTENDED_PRECISION
 from dp_trainer.privacy.mechanism import Mechanism
 from dp_trainer.privacy.schema import schema_faults
 from dp_trainer.privacy.statement import (
@@ -38,8 +39,8 @@ from dp_trainer.privacy.statement import (
     statement_warnings,
 )
 
-# Other processors and libraries round the last digits differently.
-_ROUNDING = 1e-6
+# Other processors and libraries round the last digits differently; without extended precision more is allowed for it.
+_ROUNDING = 1e-6 if HAS_EXTENDED_PRECISION else 1e-3
 # So much above what is due, an ε belongs to another mechanism or number of steps.
 _EXCESS = 0.02
 
