@@ -120,25 +120,18 @@ def calibrate_steps(
         curve = EpsilonCurve(mechanism, horizon=steps, accountant=accountant, cells=cells)
         return curve.epsilon(steps, target_delta)
 
-    if spent(1, FINE_CELLS) > target_epsilon:
+    if spent(1) > target_epsilon and spent(1, FINE_CELLS) > target_epsilon:
         raise PrivacyBudgetError(
             f"Not one step with noise_multiplier {mechanism.noise_multiplier:g} fits epsilon {target_epsilon:g} at "
             f"delta {target_delta:g}. Raise the noise or the target."
         )
     most = min(LARGEST_STEPS, most_steps(target_delta)) if accountant == "pld" else LARGEST_STEPS
-    low, high = 1, min(8, most)
-    while spent(high) <= target_epsilon:
-        if high == most:
-            break
-        low, high = high, min(8 * high, most)
-    curve = EpsilonCurve(mechanism, horizon=high, accountant=accountant, cells=FINE_CELLS)
-    if curve.epsilon(high, target_delta) <= target_epsilon:
-        return high
-    found = _largest_within(lambda steps: curve.epsilon(steps, target_delta), target_epsilon, low, high)
-    # A shorter horizon has another grid, whose rounding may differ in the last digits.
-    while found > 1 and spent(found, FINE_CELLS) > target_epsilon:
-        found -= max(1, found // 2000)
-    return found
+    beyond = 8
+    while beyond <= most and spent(beyond, _ROUGH_CELLS) <= target_epsilon:
+        beyond *= 8
+    if beyond > most and spent(most, FINE_CELLS) <= target_epsilon:
+        return most
+    return _largest_within(spent, target_epsilon, low=1, high=min(beyond, most))
 
 
 def calibrate_batch_size(
@@ -155,8 +148,8 @@ def calibrate_batch_size(
 ) -> int:
     """The largest expected logical batch whose run is within the target.
 
-    Guarantee: the verified ε of the returned size is at most ``target_epsilon``, and half a percent more
-    samples, or a single one, exceed it. With epochs, batches so small that they take more than ``LARGEST_STEPS``
+    Guarantee: the verified ε of the returned size is at most ``target_epsilon``. It is the largest such size to
+    about half a percent. With epochs, batches so small that they take more than ``LARGEST_STEPS``
     are not looked at, and ε may jump where a batch no longer divides the samples evenly.
 
     Args:
@@ -197,30 +190,14 @@ def calibrate_batch_size(
         return curve.epsilon(length, target_delta)
 
     low = 1 if epochs is None else min(dataset_size, math.ceil(dataset_size * epochs / LARGEST_STEPS))
-    if spent(low, FINE_CELLS) > target_epsilon:
+    if spent(low) > target_epsilon and spent(low, FINE_CELLS) > target_epsilon:
         raise PrivacyBudgetError(
             f"Not even a logical batch of {low} with noise_multiplier {noise_multiplier:g} fits epsilon "
             f"{target_epsilon:g} at delta {target_delta:g}. Raise the noise or the target, or train for less long."
         )
     if spent(dataset_size, FINE_CELLS) <= target_epsilon:
         return dataset_size
-    rough = _largest_within(
-        lambda batch: spent(batch, _ROUGH_CELLS), target_epsilon, low, dataset_size, precision=20
-    )
-    # A rough grid asks for too small a batch: look above it on the fine one.
-    high = rough + 1
-    while high < dataset_size and spent(high, COARSE_CELLS) <= target_epsilon:
-        high = min(dataset_size, high + max(1, high // 8))
-    found = _largest_within(
-        lambda batch: spent(batch, FINE_CELLS),
-        target_epsilon,
-        max(low, rough - rough // 16),
-        high,
-        precision=400,
-    )
-    while found > low and spent(found, FINE_CELLS) > target_epsilon:
-        found -= max(1, found // 500)
-    return found
+    return _largest_within(spent, target_epsilon, low=low, high=dataset_size)
 
 
 def steps_in(epochs: float, dataset_size: int, batch_size: int) -> int:
@@ -244,28 +221,61 @@ def _check_target(place: str, target_epsilon: float, target_delta: float) -> Non
     check_delta(target_delta, place)
 
 
-def _largest_within(
-    spent: Callable[[int], float], target: float, low: int, high: int, *, precision: int = 1000
-) -> int:
-    """A whole number within one in ``precision`` of the largest in [low, high) whose ε is on target; ``spent`` grows.
+def _largest_within(spent: Callable[[int, int], float], target: float, *, low: int, high: int) -> int:
+    """A whole number within 0.2 % of the largest in [low, high) whose ε is on target, on the fine grid.
 
-    ``low`` is taken to be on target and ``high`` not to be.
+    Args:
+        spent: ε of a number, on a grid of so many cells; grows with the number.
+        target: ε wanted.
+        low: On target.
+        high: Not on target.
     """
-    at_low, at_high = 0.0, 0.0  # not known yet
+    rough, slope = _closing_in(
+        lambda number: spent(number, _ROUGH_CELLS),
+        target,
+        low,
+        high,
+        math.sqrt(low * high),
+        0.5,
+        precision=20,
+    )
+    # A rough grid asks for too small a number, by less than a third wherever that was measured.
+    bound = min(high, 2 * rough + 8)
+    found, _ = _closing_in(
+        lambda number: spent(number, FINE_CELLS), target, low, bound, rough, slope, precision=500
+    )
+    return found
+
+
+def _closing_in(
+    spent: Callable[[int], float],
+    target: float,
+    low: int,
+    high: int,
+    guess: float,
+    slope: float,
+    *,
+    precision: int,
+) -> tuple[int, float]:
+    """A number within one in ``precision`` of the largest in [low, high) that is on target; and ε's slope in log-log."""
+    last, at_last = 0, 0.0
     while high - low > max(1, low // precision):
-        guess = math.sqrt(low * high)
-        if high < 16 * low and 0.0 < at_low < at_high < math.inf:
-            # Nearly a straight line in log-log, so interpolation lands close; the clamp closes the other side.
-            guess = low * (high / low) ** (math.log(target / at_low) / math.log(at_high / at_low))
-            step = 1.0 + 0.4 / precision
-            guess = min(max(guess, low * step), high / step)
         whole = min(max(round(guess), low + 1), high - 1)
-        at_guess = spent(whole)
-        if at_guess <= target:
-            low, at_low = whole, at_guess
-        else:
-            high, at_high = whole, at_guess
-    return low
+        at_whole = spent(whole)
+        usable = 0.0 < at_whole < math.inf
+        if usable and at_last > 0.0 and at_last != at_whole:
+            # Nearly a straight line in log-log, through the last two.
+            slope = min(max(math.log(at_whole / at_last) / math.log(whole / last), 0.1), 10.0)
+        last, at_last = (whole, at_whole) if usable else (0, 0.0)
+        low, high = (whole, high) if at_whole <= target else (low, whole)
+        guess = math.sqrt(low * high)
+        if usable and high < 16 * low:
+            # Once near, one step past the target closes the other side.
+            aim = whole * (target / at_whole) ** (1.0 / slope)
+            near = max(1, low // precision)
+            guess = max(aim, low + near) if at_whole <= target else min(aim, high - near)
+            guess = guess if low < guess < high else math.sqrt(low * high)
+    return low, slope
 
 
 def _renyi_guess(spent: Callable[[float], float], target: float) -> float:
