@@ -10,7 +10,7 @@ from dataclasses import replace
 import dp_accounting
 import numpy as np
 import pytest
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld import PLDAccountant, pld_pmf
 from scipy import stats
 
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
@@ -30,6 +30,7 @@ from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.gaussian import gaussian_delta, gaussian_distance, gaussian_epsilon, gaussian_power
 from dp_trainer.privacy.loss_distribution import (
     HAS_EXTENDED_PRECISION,
+    ExtendedPmf,
     composed,
     grid_width,
     one_step_distributions,
@@ -214,6 +215,22 @@ def test_extended_precision_composes_the_same_distribution():
         )
         assert double == pytest.approx(extended, rel=1e-9, abs=1e-14)
         assert extended[0] > extended[-1] > 0.0
+
+
+@pytest.mark.parametrize(("mechanism", "steps"), [(poisson(1000, 50, 0.9), 1), (poisson(1000, 50, 0.9), 40),
+                                                  (poisson(10**5, 256, 0.6), 20_000), (poisson(100, 50, 0.05), 30),
+                                                  (poisson(100, 50, 3000.0), 2)], ids=str)  # fmt: skip
+def test_epsilon_is_read_off_as_dp_accounting_does(mechanism, steps):
+    grid = grid_width(mechanism, steps, COARSE_CELLS)
+    for one_step in one_step_distributions(mechanism, grid):
+        ours = ExtendedPmf.of(one_step).self_compose(steps)
+        theirs = pld_pmf.DensePLDPmf(
+            ours._discretization, ours._lower_loss, ours._probs, ours._infinity_mass, True
+        )
+        for delta in (0.5, 1e-2, 1e-5, 1e-9, 1e-13, 1e-17):
+            expected = theirs.get_epsilon_for_delta(delta)
+            found = ours.get_epsilon_for_delta(delta)
+            assert found == pytest.approx(expected, rel=1e-9) or (found == math.inf and expected > 700)
 
 
 @pytest.mark.skipif(not HAS_EXTENDED_PRECISION, reason="this processor has no extended precision")
