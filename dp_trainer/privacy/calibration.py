@@ -21,6 +21,8 @@ SMALLEST_NOISE_MULTIPLIER, LARGEST_NOISE_MULTIPLIER = 0.05, 1e6
 # More steps are not looked at: the accounting of a longer run takes long and needs a large δ.
 LARGEST_STEPS = 1_000_000
 _ROUGH_CELLS = 4_000
+# So near the target ε a search for whole numbers ends.
+_CLOSE = 0.999
 _FEW_ORDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024)
 
 
@@ -101,7 +103,7 @@ def calibrate_steps(
     """The most steps of a mechanism whose ε is within the target.
 
     Guarantee: the verified ε of the returned number is at most ``target_epsilon``. It is the largest such
-    number to about a thousandth, but never more than ``LARGEST_STEPS`` or than can be told from rounding at
+    number to about half a percent, but never more than ``LARGEST_STEPS`` or than can be told from rounding at
     this δ, beyond which it does not look.
 
     Args:
@@ -126,12 +128,12 @@ def calibrate_steps(
             f"delta {target_delta:g}. Raise the noise or the target."
         )
     most = min(LARGEST_STEPS, most_steps(target_delta)) if accountant == "pld" else LARGEST_STEPS
-    beyond = 8
+    within, beyond = 1, 8
     while beyond <= most and spent(beyond, _ROUGH_CELLS) <= target_epsilon:
-        beyond *= 8
+        within, beyond = beyond, 8 * beyond
     if beyond > most and spent(most, FINE_CELLS) <= target_epsilon:
         return most
-    return _largest_within(spent, target_epsilon, low=1, high=min(beyond, most))
+    return _largest_within(spent, target_epsilon, low=within, high=min(beyond, most))
 
 
 def calibrate_batch_size(
@@ -222,7 +224,7 @@ def _check_target(place: str, target_epsilon: float, target_delta: float) -> Non
 
 
 def _largest_within(spent: Callable[[int, int], float], target: float, *, low: int, high: int) -> int:
-    """A whole number within 0.2 % of the largest in [low, high) whose ε is on target, on the fine grid.
+    """A whole number in [low, high) whose ε on the fine grid is on target, and within 0.1 % of it or of the largest.
 
     Args:
         spent: ε of a number, on a grid of so many cells; grows with the number.
@@ -268,6 +270,8 @@ def _closing_in(
             slope = min(max(math.log(at_whole / at_last) / math.log(whole / last), 0.1), 10.0)
         last, at_last = (whole, at_whole) if usable else (0, 0.0)
         low, high = (whole, high) if at_whole <= target else (low, whole)
+        if _CLOSE * target <= at_whole <= target:
+            break
         guess = math.sqrt(low * high)
         if usable and high < 16 * low:
             # Once near, one step past the target closes the other side.

@@ -48,7 +48,7 @@ def test_steps_are_the_most(sampling, relation):
     mechanism = make(sampling=sampling, relation=relation)
     steps = calibrate_steps(mechanism, target_epsilon=12.0, target_delta=1e-6)
     assert epsilon(mechanism, steps, 1e-6) <= 12.0
-    more = steps + max(1, steps // 400)
+    more = steps + max(1, steps // 200)
     assert epsilon(mechanism, more, 1e-6) > 12.0
 
 
