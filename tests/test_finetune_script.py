@@ -133,6 +133,25 @@ def test_private_run_from_another_folder(workplace):
     }
 
 
+def test_users_are_protected_as_a_whole(workplace, run_here):
+    path = workplace / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # 16 patients of four rows each.
+    path.write_text(
+        "\n".join(json.dumps({**row, "patient": f"p{i % 16}"}) for i, row in enumerate(rows)),
+        encoding="utf-8",
+    )
+    words = ["--privacy_unit", "user", "--user_column", "patient", "--samples_per_user", "2"]
+    code, printed = run_here(*words)
+    assert code == 0
+    assert "N = 16, named by 'patient', at most 2 rows of each a step" in printed.out
+    statement = json.loads((workplace / "out" / "privacy_statement.json").read_text(encoding="utf-8"))
+    assert statement["unit"].startswith("one user")
+    assert (statement["plan"]["dataset_size"], statement["plan"]["samples_per_unit"]) == (16, 2)
+    # Ordinary training of the same configuration does not ask for the column.
+    assert run_here(*words, "--private", "false")[0] == 0
+
+
 def test_ordinary_run_claims_no_privacy(workplace, run_here):
     code, printed = run_here("--private", "false", "--plots", "false")
     assert code == 0
