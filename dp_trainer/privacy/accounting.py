@@ -122,7 +122,7 @@ class EpsilonCurve:
 
     @property
     def is_out_of_reach(self) -> bool:
-        """Whether losses are too large for a grid, and ε is bounded by that of twice the sensitivity, unsampled."""
+        """Whether losses are too large for a grid, and ε is bounded by that of as many steps without sampling."""
         return self.accountant == "pld" and not self.mechanism.is_unsampled and self._grid > WIDEST_GRID
 
     def epsilon(self, steps: int, delta: float) -> float:
@@ -139,8 +139,7 @@ class EpsilonCurve:
         if self.is_closed_form:
             return gaussian_epsilon(self.mechanism.distance(steps), delta)
         if self.is_out_of_reach:
-            # Sampling never hurts, and where the cap acts the sum moves twice as far.
-            return gaussian_epsilon(2.0 * self.mechanism.distance(steps), delta)
+            return self._unsampled_bound(steps, delta)
         if self.accountant == "pld":
             rounding = rounding_allowance(steps)
             if delta < _ABOVE_ROUNDING * rounding:
@@ -148,9 +147,15 @@ class EpsilonCurve:
                     f"delta {delta:g} is too small to be told from rounding after {steps} steps. "
                     f"Use at least {_ABOVE_ROUNDING * rounding:.1e}, or accountant='rdp'."
                 )
-            return float(self.composed(steps).get_epsilon_for_delta(delta - rounding))
+            found = float(self.composed(steps).get_epsilon_for_delta(delta - rounding))
+            return min(found, self._unsampled_bound(steps, delta))
         uncapped = _rdp_epsilon if self.accountant == "rdp" else _prv_epsilon
         return _epsilon_of_capped(uncapped, self.mechanism, steps, delta)
+
+    def _unsampled_bound(self, steps: int, delta: float) -> float:
+        """ε of as many steps without sampling, which never hurts; where the cap acts the sum moves twice as far."""
+        farther = 1.0 if self.mechanism.cap_probability == 0.0 else 2.0
+        return gaussian_epsilon(farther * self.mechanism.distance(steps), delta)
 
     def composed(self, steps: int) -> privacy_loss_distribution.PrivacyLossDistribution:
         """The privacy loss distribution of ``steps`` steps, pessimistic up to ``rounding_allowance``."""

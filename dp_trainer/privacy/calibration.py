@@ -129,7 +129,7 @@ def calibrate_steps(
         )
     most = min(LARGEST_STEPS, most_steps(target_delta)) if accountant == "pld" else LARGEST_STEPS
     within, beyond = 1, 8
-    while beyond <= most and spent(beyond, _ROUGH_CELLS) <= target_epsilon:
+    while beyond <= most and _fits(spent, beyond, target_epsilon):
         within, beyond = beyond, 8 * beyond
     if beyond > most and spent(most, FINE_CELLS) <= target_epsilon:
         return most
@@ -246,7 +246,18 @@ def _largest_within(spent: Callable[[int, int], float], target: float, *, low: i
     found, _ = _closing_in(
         lambda number: spent(number, FINE_CELLS), target, low, bound, rough, slope, precision=500
     )
+    # All but the lowest number was looked at on the fine grid.
+    while found == low and spent(found, FINE_CELLS) > target:
+        if found == 1:
+            raise PrivacyBudgetError(f"Not even 1 fits epsilon {target:g}. Raise the noise or the target.")
+        low = found = max(1, found - max(1, found // 1000))
     return found
+
+
+def _fits(spent: Callable[[int, int], float], number: int, target: float) -> bool:
+    """Whether ε of a number is on target on the fine grid; looks at it only where the rough grid leaves doubt."""
+    rough = spent(number, _ROUGH_CELLS)
+    return rough <= target or (rough <= 1.5 * target and spent(number, FINE_CELLS) <= target)
 
 
 def _closing_in(

@@ -115,12 +115,13 @@ class ExtendedPmf(pld_pmf.DensePLDPmf):  # type: ignore[misc]
             candidates = np.log((above - delta) / other)
         if self._infinity_mass > delta:
             return math.inf
+        # Losses so large that the other output's probabilities vanish: the loss itself is a bound.
+        vanishing = np.flatnonzero((above[1:] >= delta) & (other[1:] == 0.0))
+        if len(vanishing):
+            return max(0.0, float(losses[vanishing[0]]))
         # An ε between two neighbouring losses is the one that the upper of them implies.
         reached = np.flatnonzero((above[:-1] > delta) & (other[:-1] > 0.0) & (candidates[:-1] >= losses))
         last = int(reached[0]) if len(reached) else self.size
-        if other[last] == 0.0 or np.any((above[1 : last + 1] >= delta) & (other[1 : last + 1] == 0.0)):
-            # Losses so large that the other output's probabilities vanish.
-            return math.inf
         return max(0.0, float(candidates[last])) if above[last] > other[last] + delta else 0.0
 
 

@@ -96,7 +96,7 @@ class PoissonSampler:
     Args:
         dataset_size: Number of samples at hand.
         sampling_probability: The coin's probability, in (0, 1].
-        batch_cap: Largest size of a logical batch; at or above ``dataset_size`` it never acts.
+        batch_cap: Largest size of a logical batch; at or above ``dataset_size`` it never acts on these.
         steps: Draws of one iteration (an epoch of the Trainer).
         key: The secret; the same key gives the same draws, so each run needs a fresh one.
 
