@@ -70,7 +70,7 @@ def test_texts_beside_numbers_are_refused():
 @pytest.mark.parametrize(
     "user",
     [None, float("nan"), ["a"], (1.0, 2), object(), torch.ones(2), torch.tensor(float("nan"))],
-    ids=str,
+    ids=["none", "nan", "list", "tuple", "object", "two numbers", "tensor of nan"],
 )
 def test_a_row_of_nobody_is_refused(user):
     with pytest.raises(ConfigurationError, match=r"row 1, column 'patient'.*names no user"):
