@@ -58,7 +58,7 @@ def test_settings_are_what_name_and_header_say(path):
             assert settings.privacy.target_epsilon == int(named["epsilon"])
     else:
         assert path.stem == "sentiment_quickstart"
-    kinds = {"abadi": "flat", "autov": "normalizing"}
+    kinds = {"abadi": "flat", "autov": "normalizing", "global": "global"}
     assert settings.privacy.clipping == kinds.get(path.stem.rpartition("_")[2], "automatic")
     # δ below one over twice the number of samples, as the source.
     assert settings.privacy.target_delta <= 1 / (1.9 * settings.dataset_size)

@@ -36,7 +36,7 @@ def releases(ranks: Ranks, *, skip_empty: bool) -> dict[str, object]:
         expected_batch_size=1,
         steps=STEPS,
     )
-    noise, sampler = ranks.noise_generator(), sampler_of(plan, SAMPLES, ranks, None)
+    noise, sampler = ranks.noise_generator(), sampler_of(plan, range(SAMPLES), ranks, None)
     shares = [share for _, share in zip(range(STEPS), sampler, strict=False)]
     made = 0
     for share in shares:

@@ -218,7 +218,7 @@ def sampling(ranks):
         dataset_size=60, expected_batch_size=6, steps=1,
     )  # fmt: skip
     lengths = torch.arange(60).tolist()
-    sampler = sampler_of(plan, 60, ranks, lengths)
+    sampler = sampler_of(plan, range(60), ranks, lengths)
     sampler.sampler.steps = 400
     return inclusion(ranks, sampler)
 
@@ -230,7 +230,7 @@ def draws_after_uneven_epochs(ranks):
         PrivacyArguments(noise_multiplier=1.0, target_delta=1e-6),
         dataset_size=60, expected_batch_size=6, steps=1,
     )  # fmt: skip
-    sampler = sampler_of(plan, 60, ranks, None)
+    sampler = sampler_of(plan, range(60), ranks, None)
     for _ in zip(range(2 + 3 * ranks.rank), sampler, strict=False):
         pass
     share = next(iter(sampler))
