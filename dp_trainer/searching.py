@@ -11,6 +11,7 @@ from transformers.utils import logging
 from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.accountant import PrivacyAccountant
 from dp_trainer.privacy.accounting import is_supported
+from dp_trainer.privacy.mechanism import Mechanism
 from dp_trainer.privacy.search import RandomTrials, SearchCost, search_cost
 
 logger = logging.get_logger(__name__)
@@ -50,15 +51,9 @@ class SearchingTrainer(Trainer):  # type: ignore[misc]
             backend_settings: As in ``Trainer``.
 
         Raises:
-            ConfigurationError: With ``RandomTrials``, if one trial could look at another.
+            ConfigurationError: With ``RandomTrials``, if one trial could look at another, or its cost is not known.
         """
-        if isinstance(n_trials, RandomTrials) and not is_supported(self.plan.mechanism, "rdp"):
-            raise ConfigurationError(
-                "RandomTrials: its cost is known by Rényi divergences only, which bound no run with "
-                "neighbouring_relation='replace_one' and Poisson sampling. Give a fixed n_trials, or search with "
-                "neighbouring_relation='add_or_remove_one'."
-            )
-        number = number_of_trials(n_trials, backend, backend_settings)
+        number = number_of_trials(n_trials, backend, backend_settings, self.plan.mechanism)
         self._trials = ()
         try:
             return super().hyperparameter_search(
@@ -68,16 +63,20 @@ class SearchingTrainer(Trainer):  # type: ignore[misc]
             self.search_cost = cost_of_trials(self._trials, n_trials, number=number)
 
 
-def number_of_trials(wanted: int | RandomTrials, backend: Any, settings: Mapping[str, Any]) -> int:
+def number_of_trials(
+    wanted: int | RandomTrials, backend: Any, settings: Mapping[str, Any], mechanism: Mechanism
+) -> int:
     """Returns how many trials to make, and warns of what they cost.
 
     Args:
         wanted: As ``hyperparameter_search`` was asked.
         backend: The search library asked for; None for the installed one.
         settings: Its settings.
+        mechanism: One release of a trial.
 
     Raises:
-        ConfigurationError: If the number is random, and the search would let one trial look at another.
+        ConfigurationError: If the number is random, and the search would let one trial look at another, or no
+            bound on its cost is known.
     """
     if not isinstance(wanted, RandomTrials):
         logger.warning(
@@ -85,6 +84,12 @@ def number_of_trials(wanted: int | RandomTrials, backend: Any, settings: Mapping
             "them does not undo that. trainer.search_cost says the sum; n_trials=RandomTrials(...) makes it smaller."
         )
         return wanted
+    if not is_supported(mechanism, "rdp"):
+        raise ConfigurationError(
+            "RandomTrials: its cost is known by Rényi divergences only, which bound no run with "
+            "neighbouring_relation='replace_one' and Poisson sampling. Give a fixed n_trials, or search with "
+            "neighbouring_relation='add_or_remove_one'."
+        )
     name = str(getattr(backend, "value", backend or "optuna"))
     made = {key: type(settings.get(key)).__name__ for key in ("sampler", "pruner")}
     if (

@@ -63,7 +63,8 @@ class DPTrainer(PublishingTrainer, SearchingTrainer):
     Guarantee: the trained weights are (ε, δ)-differentially private with respect
     to adding or removing one sample of ``train_dataset`` (or replacing one, or one user with all
     rows, where ``privacy`` says so), with the ε, δ and mechanism that ``plan`` and
-    ``privacy_statement()`` name, if ``train_dataset`` was prepared sample by sample. Logs, evaluation results and model selection are outside it.
+    ``privacy_statement()`` name, if ``train_dataset`` was prepared sample by sample. Logs, evaluation
+    results and model selection are outside it.
 
     Everything not listed works as in ``Trainer``. The expected logical batch size is
     ``per_device_train_batch_size × gradient_accumulation_steps × processes``, unless

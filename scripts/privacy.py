@@ -17,19 +17,15 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dp_trainer.errors import ConfigurationError, DPTrainerError
 from dp_trainer.privacy.accounting import ACCOUNTANTS, EpsilonCurve, epsilon, rounded_up
+from dp_trainer.privacy.allowance import LARGEST_STEPS, calibrate_batch_size, calibrate_steps, steps_in
 from dp_trainer.privacy.attack import attack_rates
-from dp_trainer.privacy.calibration import (
-    LARGEST_STEPS,
-    calibrate_batch_size,
-    calibrate_noise,
-    calibrate_steps,
-    steps_in,
-)
+from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.mechanism import NEIGHBOURING_RELATIONS, SAMPLINGS, Mechanism, mechanism_of
 from dp_trainer.privacy.what_if import changed_runs
 
@@ -159,9 +155,10 @@ def _run(options: argparse.Namespace) -> tuple[Mechanism, int, int]:
     if steps is not None and steps < 1:
         raise ConfigurationError(f"--steps {steps} must be positive.")
     if options.epochs is not None:
-        if not (math.isfinite(options.epochs) and options.epochs > 0):
-            raise ConfigurationError(f"--epochs {options.epochs} must be positive.")
-        steps = steps_in(options.epochs, size, batch)
+        try:
+            steps = steps_in(options.epochs, size, batch)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--{error}") from error
     return mechanism, batch, steps
 
 
@@ -184,23 +181,7 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
     if options.command == "steps":
         steps = calibrate_steps(mechanism, **target)
     if options.command == "noise":
-        noise_multiplier = calibrate_noise(
-            steps=steps,
-            sampling_probability=mechanism.sampling_probability,
-            dataset_size=mechanism.dataset_size,
-            sampling=mechanism.sampling,
-            batch_cap=mechanism.batch_cap,
-            neighbouring_relation=mechanism.neighbouring_relation,
-            **target,
-        )
-        mechanism = mechanism_of(
-            dataset_size=mechanism.dataset_size,
-            sampling=mechanism.sampling,
-            expected_batch_size=batch,
-            noise_multiplier=noise_multiplier,
-            batch_cap=options.batch_cap,
-            neighbouring_relation=mechanism.neighbouring_relation,
-        )
+        mechanism = replace(mechanism, noise_multiplier=calibrate_noise(mechanism, steps=steps, **target))
     return _numbers(mechanism, batch, steps, options.delta)
 
 
@@ -228,7 +209,7 @@ def _numbers(mechanism: Mechanism, batch: int, steps: int, delta: float) -> dict
 
 
 def _curve(options: argparse.Namespace) -> dict[str, Any]:
-    mechanism, batch, steps = _run(options)
+    mechanism, _, steps = _run(options)
     if options.over == "steps":
         curve = EpsilonCurve(mechanism, horizon=steps)
         places: list[float] = sorted({round(steps ** (k / (POINTS - 1))) for k in range(POINTS)})
@@ -236,17 +217,9 @@ def _curve(options: argparse.Namespace) -> dict[str, Any]:
     else:
         places = [mechanism.noise_multiplier * 4.0 ** (2 * k / (POINTS - 1) - 1) for k in range(POINTS)]
         values = [
-            EpsilonCurve(
-                mechanism_of(
-                    dataset_size=mechanism.dataset_size,
-                    sampling=mechanism.sampling,
-                    expected_batch_size=batch,
-                    noise_multiplier=place,
-                    batch_cap=options.batch_cap,
-                    neighbouring_relation=mechanism.neighbouring_relation,
-                ),
-                horizon=steps,
-            ).epsilon(steps, options.delta)
+            EpsilonCurve(replace(mechanism, noise_multiplier=place), horizon=steps).epsilon(
+                steps, options.delta
+            )
             for place in places
         ]
     found = {

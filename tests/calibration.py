@@ -7,16 +7,17 @@ so the smallest ε is the nearest to the truth.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
+from pages import write_page
+
 from dp_trainer.privacy.accounting import FINE_CELLS, EpsilonCurve
-from dp_trainer.privacy.calibration import calibrate_batch_size, calibrate_noise, calibrate_steps
+from dp_trainer.privacy.allowance import calibrate_batch_size, calibrate_steps
+from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.gaussian import gaussian_distance
 from dp_trainer.privacy.mechanism import mechanism_of
 
@@ -58,16 +59,8 @@ class Run:
 
     def noise(self) -> float:
         """The noise multiplier that calibration finds."""
-        known = self.mechanism(1.0)
         return calibrate_noise(
-            target_epsilon=self.epsilon,
-            target_delta=self.delta,
-            steps=self.steps,
-            sampling_probability=known.sampling_probability,
-            dataset_size=self.size,
-            sampling=self.sampling,
-            batch_cap=known.batch_cap,
-            neighbouring_relation=self.relation,
+            self.mechanism(1.0), target_epsilon=self.epsilon, target_delta=self.delta, steps=self.steps
         )
 
 
@@ -162,17 +155,5 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Writes the page, or prints it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, help="where the page goes")
-    arguments = parser.parse_args()
-    text = page()
-    if arguments.write:
-        arguments.write.write_text(text)
-    else:
-        print(text)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    write_page(page, description=__doc__)

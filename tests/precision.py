@@ -7,14 +7,13 @@ are made in float32 from the same recorded tensors, whatever the model's dtype.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from cases import LENGTHS, MODEL_CASES, ModelCase
+from pages import write_page
 
 from dp_trainer import FlatClipping, clipped_gradient_sum
 from dp_trainer.batches import split_micro_batch
@@ -82,17 +81,5 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Writes the page, or prints it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path, help="where the page goes")
-    arguments = parser.parse_args()
-    text = page()
-    if arguments.write:
-        arguments.write.write_text(text)
-    else:
-        print(text)  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    write_page(page, description=__doc__)

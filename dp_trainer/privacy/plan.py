@@ -292,15 +292,11 @@ def _noise_multiplier(arguments: PrivacyArguments, mechanism: Mechanism, steps: 
     if arguments.target_epsilon is None:
         raise ConfigurationError("PrivacyArguments: set target_epsilon or noise_multiplier.")
     return calibrate_noise(
+        mechanism,
         target_epsilon=arguments.target_epsilon,
         target_delta=arguments.target_delta,
         steps=steps,
-        sampling_probability=mechanism.sampling_probability,
-        dataset_size=mechanism.dataset_size,
-        sampling=mechanism.sampling,
-        batch_cap=mechanism.batch_cap,
         accountant=arguments.accountant,
-        neighbouring_relation=arguments.neighbouring_relation,
     )
 
 

@@ -227,6 +227,8 @@ def test_epsilon_is_read_off_as_dp_accounting_does(mechanism, steps):
         theirs = pld_pmf.DensePLDPmf(
             ours._discretization, ours._lower_loss, ours._probs, ours._infinity_mass, True
         )
+        # What the tails were cut by counts as infinite loss.
+        assert ours.get_epsilon_for_delta(5e-16) == math.inf
         for delta in (0.5, 1e-2, 1e-5, 1e-9, 1e-13, 1e-17):
             expected = theirs.get_epsilon_for_delta(delta)
             found = ours.get_epsilon_for_delta(delta)
@@ -431,13 +433,7 @@ def test_calibrated_noise_meets_the_target_tightly_and_soon(size, batch, steps, 
     cap = default_batch_cap(dataset_size=size, expected_batch_size=batch)
     start = time.process_time()
     sigma = calibrate_noise(
-        target_epsilon=target,
-        target_delta=delta,
-        steps=steps,
-        sampling_probability=batch / size,
-        dataset_size=size,
-        sampling="poisson",
-        batch_cap=cap,
+        poisson(size, batch, 1.0, cap), target_epsilon=target, target_delta=delta, steps=steps
     )
     assert time.process_time() - start < 30  # 1 to 5 s on a free core
     assert epsilon(poisson(size, batch, sigma, cap), steps, delta) <= target
@@ -447,15 +443,7 @@ def test_calibrated_noise_meets_the_target_tightly_and_soon(size, batch, steps, 
 def test_calibration_trusts_the_verdict_not_the_search(monkeypatch):
     # A grid for the verdict that is coarser than that of the search shows a larger ε: more noise must follow.
     monkeypatch.setattr("dp_trainer.privacy.calibration.FINE_CELLS", 1000)
-    sigma = calibrate_noise(
-        target_epsilon=2.0,
-        target_delta=1e-5,
-        steps=500,
-        sampling_probability=0.01,
-        dataset_size=10_000,
-        sampling="poisson",
-        batch_cap=10_000,
-    )
+    sigma = calibrate_noise(poisson(10_000, 100, 1.0), target_epsilon=2.0, target_delta=1e-5, steps=500)
     mechanism = poisson(10_000, 100, sigma)
     judged = EpsilonCurve(mechanism, horizon=500, cells=1000).epsilon(500, 1e-5)
     assert EpsilonCurve(mechanism, horizon=500).epsilon(500, 1e-5) < judged <= 2.0
@@ -463,15 +451,7 @@ def test_calibration_trusts_the_verdict_not_the_search(monkeypatch):
 
 @pytest.mark.parametrize("target", [0.1, 1.0, 8.0, 100.0])
 def test_full_batch_calibration_is_exact(target):
-    sigma = calibrate_noise(
-        target_epsilon=target,
-        target_delta=1e-6,
-        steps=10_000,
-        sampling_probability=1.0,
-        dataset_size=500,
-        sampling="full_batch",
-        batch_cap=500,
-    )
+    sigma = calibrate_noise(full_batch(1.0, 500), target_epsilon=target, target_delta=1e-6, steps=10_000)
     assert epsilon(full_batch(sigma, 500), 10_000, 1e-6) <= target
     assert epsilon(full_batch(sigma / (1 + 1e-6), 500), 10_000, 1e-6) > target
 
@@ -479,28 +459,14 @@ def test_full_batch_calibration_is_exact(target):
 @pytest.mark.parametrize("accountant", ["rdp", "prv"])
 def test_calibration_heeds_the_accountant(accountant):
     sigma = calibrate_noise(
-        target_epsilon=3.0,
-        target_delta=1e-5,
-        steps=100,
-        sampling_probability=0.05,
-        dataset_size=2000,
-        sampling="poisson",
-        batch_cap=2000,
-        accountant=accountant,
+        poisson(2000, 100, 1.0), target_epsilon=3.0, target_delta=1e-5, steps=100, accountant=accountant
     )
     assert epsilon(poisson(2000, 100, sigma), 100, 1e-5, accountant=accountant) <= 3.0
     assert epsilon(poisson(2000, 100, sigma / 1.01), 100, 1e-5, accountant=accountant) > 3.0
 
 
 def test_targets_out_of_reach_are_errors():
-    settings = {
-        "target_delta": 1e-6,
-        "steps": 1000,
-        "sampling_probability": 0.1,
-        "dataset_size": 1000,
-        "sampling": "poisson",
-        "batch_cap": 101,
-    }
+    settings = {"mechanism": poisson(1000, 100, 1.0, 101), "target_delta": 1e-6, "steps": 1000}
     # RDP knows no bound for a cap that acts this often, whatever the noise.
     with pytest.raises(PrivacyBudgetError, match="batch_cap"):
         calibrate_noise(target_epsilon=1.0, accountant="rdp", **settings)

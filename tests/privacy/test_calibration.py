@@ -8,12 +8,8 @@ from calibration import LARGEST_EXCESS, RUNS, Run, excess
 
 from dp_trainer.errors import ConfigurationError, PrivacyBudgetError
 from dp_trainer.privacy.accounting import COARSE_CELLS, FINE_CELLS, EpsilonCurve, epsilon
-from dp_trainer.privacy.calibration import (
-    LARGEST_STEPS,
-    calibrate_batch_size,
-    calibrate_noise,
-    calibrate_steps,
-)
+from dp_trainer.privacy.allowance import LARGEST_STEPS, calibrate_batch_size, calibrate_steps
+from dp_trainer.privacy.calibration import calibrate_noise
 from dp_trainer.privacy.mechanism import mechanism_of
 
 
@@ -61,10 +57,7 @@ def test_steps_at_the_places_looked_at_first_are_the_most_too(target):
 
 
 def test_steps_and_noise_are_each_other_s_inverse():
-    noise = calibrate_noise(
-        target_epsilon=2.0, target_delta=1e-6, steps=700, sampling_probability=0.01, dataset_size=10_000,
-        sampling="poisson", batch_cap=160,
-    )  # fmt: skip
+    noise = calibrate_noise(make(), target_epsilon=2.0, target_delta=1e-6, steps=700)
     steps = calibrate_steps(make(sigma=noise), target_epsilon=2.0, target_delta=1e-6)
     assert 700 <= steps <= 710
 
