@@ -106,13 +106,13 @@ $(BIN)/python:
 		{ echo "error: $(PYTHON) is missing or older than 3.11; use: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN): pyproject.toml constraints.txt | $(BIN)/python
+$(RUN): pyproject.toml constraints.txt dp_trainer/privacy/box_muller.c | $(BIN)/python
 	@echo "installing into $(VENV) (once; a few minutes)"
 	$(INSTALL) -e '.[quickstart]'
 	@touch $@
 
 # The development extras include those of the quickstart.
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+$(DEV): pyproject.toml constraints.txt dp_trainer/privacy/box_muller.c | $(BIN)/python
 	@echo "installing into $(VENV) (once; a few minutes)"
 	$(INSTALL) -e '.[dev]'
 	@touch $(RUN) $@

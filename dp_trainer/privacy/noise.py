@@ -20,6 +20,7 @@ import os
 import secrets
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 import torch
@@ -30,10 +31,19 @@ from dp_trainer.errors import ConfigurationError
 from dp_trainer.privacy.grid_noise import GridNoise, added_sensitivity
 from dp_trainer.privacy.sampling import insecure_key, refuse_to_store
 
+# Built from box_muller.c with the package, where a compiler was at hand; without it the same numbers take longer.
+_kernel: ModuleType | None
+try:
+    from dp_trainer.privacy import _box_muller as _kernel
+except ImportError:
+    _kernel = None
+
 _DEVICE_KEY_BITS = 64
 _CIPHER_KEY_BITS = 256
 # Values made at a time: their buffers stay in the cache, and the calls on them cost little.
 _CHUNK = 2**17
+# The kernel runs on one thread, torch's operations on all; beyond so many they are as fast.
+_KERNEL_THREADS = 6
 
 
 class _Keystream:
@@ -56,18 +66,24 @@ class _Keystream:
 
     def add_to_(self, values: Tensor, std: float, divisor: float) -> None:
         """Adds fresh noise to a contiguous floating-point tensor of one axis, then divides."""
+        suits = values.dtype == torch.float32 and torch.get_num_threads() <= _KERNEL_THREADS
+        kernel = _kernel if suits else None
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
             with self._lock:
-                self._add_chunk_(chunk, std)
+                # Pairs: an odd count takes one word more.
+                self._cipher.update_into(self._zeros[: 4 * (len(chunk) + len(chunk) % 2)], self._stream)
+                if kernel:
+                    kernel.add(chunk.data_ptr(), self._bits.data_ptr(), len(chunk), std, divisor)
+                else:
+                    self._add_chunk_(chunk, std)
             # Here, where the chunk is in the cache.
-            if divisor != 1:
+            if divisor != 1 and not kernel:
                 chunk.div_(divisor)
 
     def _add_chunk_(self, values: Tensor, std: float) -> None:
-        """Adds noise to at most ``_CHUNK`` values by the Box-Muller transform."""
+        """Adds noise from the keystream to at most ``_CHUNK`` values by the Box-Muller transform."""
         half = (len(values) + 1) // 2
-        self._cipher.update_into(self._zeros[: 8 * half], self._stream)
         bits, numbers = self._bits[: 2 * half], self._numbers[: 2 * half]
         # The radius takes 31 bits without the sign, the angle takes the sign too.
         bits[:half].bitwise_and_(2**31 - 1)
