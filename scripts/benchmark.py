@@ -76,6 +76,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="forward passes under bfloat16 autocast")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--write", type=Path, metavar="PAGE", help="replace the mode's section of this page")
+    parser.add_argument(
+        "--add-to", type=Path, metavar="JSON", help="a steps.json; what it has and this run does not is kept"
+    )
     parser.add_argument("--steps", type=int, default=10, help="with --throughput: optimizer steps of a run")
     parser.add_argument(
         "--accumulation", type=int, default=16, help="with --throughput: micro-batches of a step"
@@ -109,6 +112,17 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--throughput runs on the CPU only")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU. Install a build of torch for it, or leave it out")
+    arguments.earlier = None
+    if arguments.add_to:
+        if arguments.mode != "steps" or not arguments.add_to.is_file():
+            parser.error(f"--add-to {arguments.add_to}: needs the steps.json of an earlier run of this mode")
+        saved = json.loads(arguments.add_to.read_text("utf-8"))
+        here = environment(Device(name=arguments.device, bf16=arguments.bf16))
+        if saved["environment"] != {**here, "threads": 1}:
+            parser.error(
+                f"--add-to {arguments.add_to}: was measured elsewhere: {in_words(saved['environment'])}"
+            )
+        arguments.earlier = saved["steps"]
     page = arguments.write
     if page is not None and not (page.is_file() and has_section(page.read_text("utf-8"), arguments.mode)):
         parser.error(
@@ -142,6 +156,7 @@ def measure(arguments: argparse.Namespace, device: Device) -> Report:
         micro_batches=arguments.micro_batches,
         rounds=arguments.rounds,
         device=device,
+        earlier=arguments.earlier,
     )
 
 

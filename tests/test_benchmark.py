@@ -83,6 +83,7 @@ def test_a_case_without_its_package_is_left_out(monkeypatch, capsys):
         (["--throughput", "--steps", "1"], "--steps"),
         (["--write", "no/such/page.md"], "each once"),
         (["--device", "tpu"], "tpu"),
+        (["--add-to", "no/such.json"], "needs the steps.json"),
     ],
 )
 def test_the_parser_refuses(words, message, capsys):
@@ -302,7 +303,7 @@ MADE_UP = {
 
 
 def test_the_overall_table_of_steps():
-    text = steps.page(MADE_UP, {1: 3, 8: 2})
+    text = steps.page(MADE_UP)
     assert "3 rounds with 1 micro-batch a step; 2 rounds with 8 micro-batches a step." in text
     assert "| gpt2 | 1.00 / 2.00 | 2.000 (1.500 to 2.500) / 1.50 | 1.062 (1.031 to 1.094) / – |" in text
     assert "| llama | 2.00 / 1.00 | – | – |" in text
@@ -327,6 +328,35 @@ def test_a_failed_contender_leaves_the_others(monkeypatch):
         ("plain", 8, 9.0, 1.0),
         ("dp_trainer", 8, 9.0, 2.0),
     ]
+
+
+def test_what_an_earlier_run_measured_is_kept_and_the_newer_wins(monkeypatch, tmp_path, capsys):
+    (tmp_path / "steps.json").write_text(
+        json.dumps(
+            {
+                "environment": {**report.environment(CPU), "threads": 1},
+                "steps": {
+                    case: [dataclasses.asdict(result) for result in found] for case, found in MADE_UP.items()
+                },
+            }
+        )
+    )
+    again = steps.Result(
+        contender="dp_trainer", micro_batches=1, seconds=[5, 5], plain_seconds=[1, 1], peak_gib=9.0
+    )
+    monkeypatch.setattr(steps, "measure_case", lambda *arguments: [again])
+    words = ["--cases", "gpt2", "--add-to", str(tmp_path / "steps.json")]
+    found = benchmark.measure(benchmark.parse_arguments(words), CPU)
+    ours = {(made["contender"], made["micro_batches"]): made["peak_gib"] for made in found.data["gpt2"]}
+    assert ours == {("plain", 1): 2.0, ("dp_trainer", 1): 9.0, ("dp_trainer", 8): 4.0}
+    assert "2 or 3 rounds with 1 micro-batch a step; 2 rounds with 8" in found.text
+    assert "| llama | 2.00 / 1.00 | – | – |" in found.text
+    changed = json.loads((tmp_path / "steps.json").read_text())
+    changed["environment"]["torch"] = "0.1"
+    (tmp_path / "steps.json").write_text(json.dumps(changed))
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments(words)
+    assert "measured elsewhere" in capsys.readouterr().err
 
 
 def test_a_report_is_saved_whole(tmp_path):

@@ -55,7 +55,7 @@ class _Keystream:
 
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-        self._zeros = bytes(4 * _CHUNK)
+        self._zeros = memoryview(bytes(4 * _CHUNK))
         # Made once: fresh buffers of this size would be paged in anew at every chunk.
         self._stream = bytearray(4 * _CHUNK)
         self._bits = torch.frombuffer(self._stream, dtype=torch.int32)

@@ -56,6 +56,7 @@ def measure(
     micro_batches: Sequence[int],
     rounds: Sequence[int],
     device: Device,
+    earlier: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Report:
     """Measures all cases, printing each one's table as it is done.
 
@@ -65,26 +66,28 @@ def measure(
         micro_batches: Micro-batches of a step, one table row each; Opacus runs with one only.
         rounds: For each entry of ``micro_batches``, the steps timed.
         device: Where.
+        earlier: ``data`` of another run's report; what it has and this run does not measure is kept.
     """
     if not find_spec("opacus") and any(name.startswith("opacus") for name in contenders):
         contenders = [name for name in contenders if not name.startswith("opacus")]
         print("opacus is not installed: left out")
     pairs = dict(zip(micro_batches, rounds, strict=True))
-    results: Results = {}
+    results: Results = {case: [Result(**made) for made in found] for case, found in (earlier or {}).items()}
     for case in cases:
         if not CASES[case].is_available:
             print(f"\n{case}: left out, {CASES[case].needs} is not installed")
             continue
-        results[case] = measure_case(case, contenders, pairs, device)
+        results[case] = joined(results.get(case, []), measure_case(case, contenders, pairs, device))
         print(f"\n### {case}: {CASES[case].title}\n\n{case_table(results[case])}", flush=True)
     bars = [
         Bar(label=f"{case}: {described(result)}", kind=result.contender, spread=result.ratio, peak=result.peak_gib)
         for case, found in results.items()
         for result in found
     ]  # fmt: skip
+    results = {case: results[case] for case in CASES if case in results}
     data = {case: [asdict(result) for result in found] for case, found in results.items()}
     figure = draw_bars(bars, kinds=tuple(CONTENDERS)) if bars else None
-    return Report(name="steps", text=page(results, pairs), data=data, figure=figure)
+    return Report(name="steps", text=page(results), data=data, figure=figure)
 
 
 def measure_case(
@@ -120,6 +123,17 @@ def measure_case(
                    plain_seconds=seconds["plain"], peak_gib=peaks[n])
             for n, seconds in timed
         ]  # fmt: skip
+    return in_order(results)
+
+
+def joined(earlier: Sequence[Result], now: Sequence[Result]) -> list[Result]:
+    """The results of now, and those earlier ones that were not measured again."""
+    measured = {(result.contender, result.micro_batches) for result in now}
+    return in_order([*now, *(r for r in earlier if (r.contender, r.micro_batches) not in measured)])
+
+
+def in_order(results: Sequence[Result]) -> list[Result]:
+    """By micro-batches, then as ``CONTENDERS`` has them."""
     order = list(CONTENDERS)
     return sorted(results, key=lambda r: (r.micro_batches, order.index(r.contender)))
 
@@ -216,10 +230,15 @@ def _cell(cells: Mapping[tuple[int, str], Result], column: tuple[int, str]) -> s
     return f"{result.ratio} / {'–' if plain is None else f'{result.peak_gib / plain.peak_gib:.2f}'}"
 
 
-def page(results: Results, rounds: Mapping[int, int]) -> str:
+def page(results: Results) -> str:
     """The overall table, what the cases are, and each one's own table."""
+    rounds: dict[int, set[int]] = {}
+    for found in results.values():
+        for result in found:
+            rounds.setdefault(result.micro_batches, set()).add(len(result.seconds))
     counts = "; ".join(
-        f"{turns} rounds with {n} micro-batch{'es' * (n > 1)} a step" for n, turns in rounds.items()
+        f"{' or '.join(map(str, sorted(turns)))} rounds with {n} micro-batch{'es' * (n > 1)} a step"
+        for n, turns in sorted(rounds.items())
     )
     lines = [f"{counts}.", "", overall_table(results), ""]
     for case, found in results.items():
