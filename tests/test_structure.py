@@ -57,6 +57,7 @@ MAY_IMPORT = {
     "gradients.capture": CAPTURE,
     "gradients.checkpointing": CAPTURE,
     "gradients.sharding": ("errors",),
+    "gradients.heap": (),
     "gradients.parts": (*CAPTURE, *NUMBERS),
     "gradients.planner": ENGINE,
     "gradients.book_keeping": ENGINE,

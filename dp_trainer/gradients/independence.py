@@ -25,7 +25,9 @@ from dp_trainer.batches import micro_batch_size
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.capture import capture
 from dp_trainer.gradients.forms import Form
+from dp_trainer.gradients.heap import give_back_freed_memory
 from dp_trainer.gradients.measures import accumulation_dtype
+from dp_trainer.gradients.parts import checked_losses
 from dp_trainer.gradients.sharding import is_sharded
 
 _DROPOUTS = frozenset(
@@ -94,12 +96,20 @@ def _fingerprints(
     per_sample_loss: Callable[[nn.Module, Mapping[str, Any]], Tensor],
     signs_B: Tensor,
 ) -> dict[str, list[_Fingerprint]]:
+    give_back_freed_memory()
     torch.manual_seed(_SEED)
-    with capture(model, len(signs_B)) as tape:
-        losses_B = per_sample_loss(model, micro_batch)
+    found: dict[str, list[_Fingerprint]] = {}
+
+    def settle(name: str, form: Form) -> None:
+        found.setdefault(name, []).append(_fingerprint(form))
+
+    with capture(model, len(signs_B), settle=settle) as tape:
+        losses_B = checked_losses(per_sample_loss(model, micro_batch), len(signs_B))
         if losses_B.requires_grad:
             (losses_B * signs_B.to(losses_B)).sum().backward()  # type: ignore[no-untyped-call]
-    return {name: [_fingerprint(form) for form in forms] for name, forms in tape.take_forms().items()}
+    for name, forms in tape.take_forms().items():
+        found.setdefault(name, []).extend(_fingerprint(form) for form in forms)
+    return found
 
 
 def _fingerprint(form: Form) -> _Fingerprint:
