@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dp_trainer import CertificateError, FlatClipping, UnsupportedOperationError
+from dp_trainer.gradients import book_keeping
 from dp_trainer.gradients.strategies import clipped_gradient_sum
 
 D, E = 6, 4
@@ -77,6 +78,27 @@ def test_a_micro_batch_that_uses_parameters_in_a_new_way_is_checked_first(name):
     with pytest.raises(CertificateError, match="neighbours"):
         clipped_gradient_sum(model, [other], verified=verified, **settings)
     assert verified == seen
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_first_micro_batch_is_checked_before_anything_is_kept(name, monkeypatch):
+    """Then once more only where a use is new."""
+    torch.manual_seed(0)
+    function, good, bad = SHAPES[name]
+    model, verified, events = _Model(function), set(), []
+    look, keep = book_keeping.check_independence, book_keeping.capture
+    monkeypatch.setattr(book_keeping, "check_independence", lambda *a: events.append("look") or look(*a))
+    monkeypatch.setattr(book_keeping, "capture", lambda *a, **k: events.append("keep") or keep(*a, **k))
+    settings = {"per_sample_loss": _loss, "clipping": FlatClipping(0.1), "verified": verified}
+    with pytest.raises(CertificateError, match="neighbours"):
+        clipped_gradient_sum(model, [{"x": torch.randn(*bad, D)}], **settings)
+    assert events == ["look"]
+    assert not verified
+    for _ in range(2):
+        clipped_gradient_sum(model, [{"x": torch.randn(*good, D)}], **settings)
+    with pytest.raises(CertificateError, match="neighbours"):
+        clipped_gradient_sum(model, [{"x": torch.randn(*bad, D)}], **settings)
+    assert events == ["look", *("look", "keep"), "keep", *("keep", "look")]
 
 
 def test_one_sample_alone_proves_nothing():
