@@ -26,6 +26,8 @@ DEV     := $(VENV)/installed-dev
 # torch stands in the same command as the constraints: left to itself, pip may
 # fetch another build of several gigabytes first and replace it afterwards.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+# Compiled; one that a failed build left behind would be used.
+BUILT   := dp_trainer/privacy/_box_muller.*.so
 BENCH   := $(BIN)/python scripts/benchmark.py --write docs/performance.md
 TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(ROBERTA_TOKENIZER),--roberta-tokenizer $(ROBERTA_TOKENIZER)) \
@@ -98,6 +100,7 @@ ablation: $(DEV)  ## Findings about automatic clipping at small scale; writes do
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python scripts/ablation.py --write docs/findings.md
 
 clean:  ## Remove the virtual environment and caches; runs/ stays
+	rm -f $(BUILT)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +
 
@@ -108,11 +111,13 @@ $(BIN)/python:
 
 $(RUN): pyproject.toml constraints.txt dp_trainer/privacy/box_muller.c | $(BIN)/python
 	@echo "installing into $(VENV) (once; a few minutes)"
+	@rm -f $(BUILT)
 	$(INSTALL) -e '.[quickstart]'
 	@touch $@
 
 # The development extras include those of the quickstart.
 $(DEV): pyproject.toml constraints.txt dp_trainer/privacy/box_muller.c | $(BIN)/python
 	@echo "installing into $(VENV) (once; a few minutes)"
+	@rm -f $(BUILT)
 	$(INSTALL) -e '.[dev]'
 	@touch $(RUN) $@

@@ -77,26 +77,25 @@ def captured_forms(
     """
     batch_size = micro_batch_size(micro_batch)
     # The very first look comes before anything is kept, so that its passes do not add to the memory of that.
-    looks_first = verified is not None and not verified and batch_size > 1 and not is_sharded(model)
-    if looks_first:
-        _look(model, micro_batch, per_sample_loss)
+    if verified is not None and not verified and batch_size > 1 and not is_sharded(model):
+        verified |= _look(model, micro_batch, per_sample_loss)
     with capture(model, batch_size, settle=settle) as tape:
         losses_B = checked_losses(per_sample_loss(model, micro_batch), batch_size)
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
     if verified is not None:
-        is_new = batch_size > 1 and not tape.uses <= verified and not looks_first
+        is_new = batch_size > 1 and not tape.uses <= verified
         # Ranks of a sharded model look together, since every forward pass needs all of them.
         if on_any_rank(is_new, losses_B.device) if is_sharded(model) else is_new:
             _look(model, micro_batch, per_sample_loss)
-        if is_new or looks_first:
+        if is_new:
             verified |= tape.uses
     return tape.take_forms(), losses_B.detach()
 
 
-def _look(model: nn.Module, micro_batch: MicroBatch, per_sample_loss: PerSampleLoss) -> None:
+def _look(model: nn.Module, micro_batch: MicroBatch, per_sample_loss: PerSampleLoss) -> set[Use]:
     with repeatable(model):
-        check_independence(model, micro_batch, per_sample_loss)
+        return check_independence(model, micro_batch, per_sample_loss)
 
 
 def add_squares(squares_by_name: dict[str, Tensor], losses_B: Tensor) -> Tensor:

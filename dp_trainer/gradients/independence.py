@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from dp_trainer.batches import micro_batch_size
 from dp_trainer.errors import CertificateError
-from dp_trainer.gradients.capture import capture
+from dp_trainer.gradients.capture import Use, capture
 from dp_trainer.gradients.forms import Form
 from dp_trainer.gradients.heap import give_back_freed_memory
 from dp_trainer.gradients.measures import accumulation_dtype
@@ -58,8 +58,8 @@ def check_independence(
     model: nn.Module,
     micro_batch: Mapping[str, Any],
     per_sample_loss: Callable[[nn.Module, Mapping[str, Any]], Tensor],
-) -> None:
-    """Raises if a gradient recorded for one sample holds another sample's.
+) -> set[Use]:
+    """Returns the uses of parameters that were looked at; raises if a gradient recorded for one sample holds another sample's.
 
     Costs three forward and backward passes; keeps no gradients. Call it inside
     ``repeatable``. It cannot see a coupling whose gradient is exactly zero here.
@@ -70,14 +70,16 @@ def check_independence(
     size = micro_batch_size(micro_batch)
     # Ranks of a sharded model look together, those with one sample too.
     if size < 2 and not is_sharded(model):
-        return
+        return set()
     generator = torch.Generator().manual_seed(_SEED)
     halves = torch.randperm(size, generator=generator) % 2
     alternating = torch.arange(size) % 2
-    plain = _fingerprints(model, micro_batch, per_sample_loss, torch.ones(size))
+    plain, uses_seen = _fingerprints(model, micro_batch, per_sample_loss, torch.ones(size))
     for pattern in (alternating, halves):
         signs_B = 1.0 - 2.0 * pattern
-        turned = _fingerprints(model, micro_batch, per_sample_loss, signs_B)
+        turned, uses_again = _fingerprints(model, micro_batch, per_sample_loss, signs_B)
+        # A use that not every pass had was not compared.
+        uses_seen &= uses_again
         for name, uses in plain.items():
             if len(uses) != len(turned.get(name, ())) or not all(
                 _turns(first, second, signs_B) for first, second in zip(uses, turned[name], strict=True)
@@ -88,6 +90,7 @@ def check_independence(
                     "gathered or reordered across samples, a loss that couples them. Set strategy='loop', or "
                     "freeze the parameter."
                 )
+    return uses_seen
 
 
 def _fingerprints(
@@ -95,7 +98,7 @@ def _fingerprints(
     micro_batch: Mapping[str, Any],
     per_sample_loss: Callable[[nn.Module, Mapping[str, Any]], Tensor],
     signs_B: Tensor,
-) -> dict[str, list[_Fingerprint]]:
+) -> tuple[dict[str, list[_Fingerprint]], set[Use]]:
     give_back_freed_memory()
     torch.manual_seed(_SEED)
     found: dict[str, list[_Fingerprint]] = {}
@@ -109,7 +112,7 @@ def _fingerprints(
             (losses_B * signs_B.to(losses_B)).sum().backward()  # type: ignore[no-untyped-call]
     for name, forms in tape.take_forms().items():
         found.setdefault(name, []).extend(_fingerprint(form) for form in forms)
-    return found
+    return found, tape.uses
 
 
 def _fingerprint(form: Form) -> _Fingerprint:

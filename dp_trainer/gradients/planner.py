@@ -12,7 +12,7 @@ Axes: B sample, T position, P first weight axis, D second.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,6 @@ _LARGEST_GROWTH = 1.6
 _LARGEST_GROWTH_IN_ALL = 0.05
 # A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
 _LONG = 512
-# One of so many positions, and with so many multiplications in its forward pass, nearly does: it takes about as long
-# alone, which is worth it where what several would keep is so many times the model's weights.
-_QUITE_LONG, _MUCH_WORK, _LARGEST_SHARE = 128, 1e9, 2.0
 # Positions that no sample uses are left out where that halves the work, or better.
 _MOST_USED_POSITIONS = 0.5
 
@@ -145,8 +142,7 @@ def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
 
     ``direct`` reads and adds each sample's gradient whole, where ``book_keeping``
     has a ghost norm, which is less for short samples, and serves several at once.
-    Long samples keep a CPU busy one by one, and so do the patches of an image, whose factors would be
-    several times a small model's size. Gradient checkpointing asks to save
+    Long samples keep a CPU busy one by one. Gradient checkpointing asks to save
     memory, and keeping every layer's inputs and gradients would undo it.
 
     A sharded model has one way: the others need the gradients of whole parameters.
@@ -156,49 +152,23 @@ def choose_strategy(model: nn.Module, micro_batch: Mapping[str, Any]) -> str:
     """
     if is_sharded(model):
         return "book_keeping"
-    positions, size = _positions(model, micro_batch), micro_batch_size(micro_batch)
-    if size == 1:
-        return "direct" if positions is None or _alone_is_cheaper(model, positions) else "book_keeping"
-    if saves_memory(model):
-        return "direct"
-    if positions is None or next(model.parameters()).device.type != "cpu":
-        return "book_keeping"
-    costs_memory = (
-        positions >= _QUITE_LONG
-        and positions * _elements_of(model.parameters()) >= _MUCH_WORK
-        and _kept_elements(model, size, positions) > _LARGEST_SHARE * _elements_of(model.parameters())
-        and _alone_is_cheaper(model, positions)
-    )
-    return "direct" if positions >= _LONG or costs_memory else "book_keeping"
-
-
-def _alone_is_cheaper(model: nn.Module, positions: int) -> bool:
-    """Whether reading and adding one sample's gradient whole takes less than its norm from what is kept."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    kept = sum(
-        min(_SHARE_OF_A_GRAM * positions**2 * sum(p.shape), _COST_OF_A_BUILT_ELEMENT * p.numel())
-        for p in trainable
-        if p.ndim == 2
-    )
-    return _COST_OF_A_WHOLE_ELEMENT * _elements_of(trainable) <= kept
-
-
-def _kept_elements(model: nn.Module, size: int, positions: int) -> int:
-    """How many elements the factors, or the gradients built from them, of a micro-batch have."""
+    positions = _positions(micro_batch)
+    if micro_batch_size(micro_batch) > 1:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        is_long = on_cpu and positions is not None and positions >= _LONG
+        return "direct" if is_long or saves_memory(model) else "book_keeping"
     weights = [p.shape for p in model.parameters() if p.requires_grad and p.ndim == 2]
-    return size * sum(min(positions * sum(shape), shape.numel()) for shape in weights)
+    whole = _COST_OF_A_WHOLE_ELEMENT * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if positions is None:
+        return "direct"
+    kept = sum(
+        min(_SHARE_OF_A_GRAM * positions**2 * sum(shape), _COST_OF_A_BUILT_ELEMENT * shape.numel())
+        for shape in weights
+    )
+    return "direct" if whole <= kept else "book_keeping"
 
 
-def _elements_of(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def _positions(model: nn.Module, micro_batch: Mapping[str, Any]) -> int | None:
-    """How many positions a sample has: its tokens, or its image's patches; None where neither is known."""
-    tokens, images = micro_batch.get("input_ids"), micro_batch.get("pixel_values")
-    if isinstance(tokens, Tensor) and tokens.ndim > 1:
-        return int(tokens.shape[-1])
-    side = getattr(getattr(model, "config", None), "patch_size", None)
-    if isinstance(images, Tensor) and images.ndim == 4 and isinstance(side, int) and side > 0:
-        return (images.shape[-2] // side) * (images.shape[-1] // side)
-    return None
+def _positions(micro_batch: Mapping[str, Any]) -> int | None:
+    """How many positions its tokens have; None where it has no tokens."""
+    tokens = micro_batch.get("input_ids")
+    return tokens.shape[-1] if isinstance(tokens, Tensor) and tokens.ndim > 1 else None

@@ -87,6 +87,10 @@ static PyObject *add(PyObject *self, PyObject *arguments)
     float std, divisor;
     if (!PyArg_ParseTuple(arguments, "KKnff", &values_at, &bits_at, &count, &std, &divisor))
         return NULL;
+    if (!values_at || !bits_at || count < 0) {
+        PyErr_SetString(PyExc_ValueError, "add: no memory, or a negative count");
+        return NULL;
+    }
     Py_ssize_t half = count - count / 2, pairs = count / 2;
     float *values = (float *)(uintptr_t)values_at;
     const uint32_t *bits = (const uint32_t *)(uintptr_t)bits_at;

@@ -32,11 +32,11 @@ from dp_trainer.privacy.grid_noise import GridNoise, added_sensitivity
 from dp_trainer.privacy.sampling import insecure_key, refuse_to_store
 
 # Built from box_muller.c with the package, where a compiler was at hand; without it the same numbers take longer.
-_kernel: ModuleType | None
+_built: ModuleType | None
 try:
-    from dp_trainer.privacy import _box_muller as _kernel
+    from dp_trainer.privacy import _box_muller as _built
 except ImportError:
-    _kernel = None
+    _built = None
 
 _DEVICE_KEY_BITS = 64
 _CIPHER_KEY_BITS = 256
@@ -44,6 +44,27 @@ _CIPHER_KEY_BITS = 256
 _CHUNK = 2**17
 # The kernel runs on one thread, torch's operations on all; beyond so many they are as fast.
 _KERNEL_THREADS = 6
+
+
+def _checked(kernel: ModuleType | None) -> ModuleType | None:
+    """The kernel if it gives what it should: one left over from another version may take its arguments otherwise."""
+    words, count = torch.arange(-6, 6, dtype=torch.int32) * 357913941, 11
+    values = torch.ones(count)
+    try:
+        if kernel is not None:
+            kernel.add(values.data_ptr(), words.data_ptr(), count, 2.0, 4.0)
+    except (TypeError, ValueError):
+        return None
+    radii, angles = (
+        words[:6].bitwise_and(2**31 - 1).double().add(1) / 2**31,
+        words[6:].double() * math.pi / 2**31,
+    )
+    radii = (-2 * radii.log()).sqrt()
+    exact = torch.cat((radii * angles.cos(), radii * angles.sin()))[:count] * 2 + 1
+    return kernel if torch.allclose(values.double(), exact / 4, atol=1e-5) else None
+
+
+_kernel = _checked(_built)
 
 
 class _Keystream:
@@ -66,8 +87,7 @@ class _Keystream:
 
     def add_to_(self, values: Tensor, std: float, divisor: float) -> None:
         """Adds fresh noise to a contiguous floating-point tensor of one axis, then divides."""
-        suits = values.dtype == torch.float32 and torch.get_num_threads() <= _KERNEL_THREADS
-        kernel = _kernel if suits else None
+        kernel = _kernel if torch.get_num_threads() <= _KERNEL_THREADS and _has_plain_memory(values) else None
         for start in range(0, len(values), _CHUNK):
             chunk = values[start : start + _CHUNK]
             with self._lock:
@@ -80,6 +100,9 @@ class _Keystream:
             # Here, where the chunk is in the cache.
             if divisor != 1 and not kernel:
                 chunk.div_(divisor)
+        if kernel:
+            # As torch's own operations in place do.
+            torch.autograd.graph.increment_version(values)
 
     def _add_chunk_(self, values: Tensor, std: float) -> None:
         """Adds noise from the keystream to at most ``_CHUNK`` values by the Box-Muller transform."""
@@ -95,6 +118,12 @@ class _Keystream:
         values[:half].addcmul_(cosine, radius, value=std)
         rest = len(values) - half
         values[half:].addcmul_(angle.sin_()[:rest], radius[:rest], value=std)
+
+
+def _has_plain_memory(values: Tensor) -> bool:
+    """Whether the tensor is nothing but float32 numbers in this process's memory."""
+    is_plain = type(values) is Tensor and values.dtype == torch.float32 and values.device.type == "cpu"
+    return is_plain and not values.requires_grad and not values.is_neg() and values.data_ptr() != 0
 
 
 class NoiseGenerator:

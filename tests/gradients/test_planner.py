@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -162,35 +161,6 @@ def test_the_strategy_for_a_micro_batch(micro_batch, checkpointing, expected):
     # Nothing is checkpointed in evaluation mode.
     plain = nn.Sequential(nn.Linear(300, 300))
     assert planner.choose_strategy(model.eval(), micro_batch) == planner.choose_strategy(plain, micro_batch)
-
-
-class _Vision(nn.Module):
-    def __init__(self, *, width, layers, patch_size, frozen=0):
-        super().__init__()
-        self.config = SimpleNamespace(patch_size=patch_size)
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        for block in self.blocks[:frozen]:
-            block.requires_grad_(False)
-
-
-@pytest.mark.parametrize(
-    ("model", "batch", "side", "expected"),
-    [
-        # What 8 images would keep is 5.3 times the weights; then fewer images, and few patches.
-        ({"width": 768, "layers": 16, "patch_size": 14}, 8, 224, "direct"),
-        ({"width": 768, "layers": 16, "patch_size": 14}, 2, 224, "book_keeping"),
-        ({"width": 768, "layers": 16, "patch_size": 32}, 8, 224, "book_keeping"),
-        # Too little work in an image; patches of unknown size; few weights that train.
-        ({"width": 192, "layers": 16, "patch_size": 14}, 8, 224, "book_keeping"),
-        ({"width": 768, "layers": 16, "patch_size": None}, 8, 224, "book_keeping"),
-        ({"width": 768, "layers": 16, "patch_size": 14, "frozen": 14}, 8, 224, "book_keeping"),
-        # Norms of long weights and short samples take less than reading their gradients.
-        ({"width": 1536, "layers": 6, "patch_size": 14}, 32, 192, "book_keeping"),
-    ],
-)
-def test_the_strategy_for_images(model, batch, side, expected):
-    images = {"pixel_values": torch.zeros(batch, 3, side, side)}
-    assert planner.choose_strategy(_Vision(**model), images) == expected
 
 
 def test_explain_says_what_is_done_and_leaves_the_model_alone():

@@ -101,6 +101,28 @@ def test_the_first_micro_batch_is_checked_before_anything_is_kept(name, monkeypa
     assert events == ["look", *("look", "keep"), "keep", *("keep", "look")]
 
 
+class _Turning(nn.Module):
+    """Keeps samples first in its first calls, as many as a look makes, and time first afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(D, 3), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) if self.calls <= 3 else _steps_then_time_first(self, x)
+
+
+def test_what_the_first_look_did_not_see_is_not_verified_by_it():
+    torch.manual_seed(0)
+    model, verified = _Turning(), set()
+    bad = {"x": torch.randn(*SHAPES["time-first"][2], D)}
+    with pytest.raises(CertificateError, match="neighbours"):
+        clipped_gradient_sum(
+            model, [bad], per_sample_loss=_loss, clipping=FlatClipping(0.1), verified=verified
+        )
+
+
 def test_one_sample_alone_proves_nothing():
     model, verified = _Model(lambda m, x: m.layer(x)), set()
     for size in (1, 2):

@@ -229,10 +229,25 @@ def test_noise_on_the_gpu():
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-def test_two_threads_never_share_the_buffers(way):
-    """On the same buffers two threads would give out the same noise twice."""
+def test_two_threads_never_share_the_buffers(way, monkeypatch):
+    """On the same buffers two threads would give out the same noise twice: while they are filled and while read."""
     noise, held = NoiseGenerator(device="cpu"), []
     keystream = noise._keystream
+    plain = keystream._add_chunk_
+
+    def operations(*arguments):
+        held.append(keystream._lock.locked())
+        return plain(*arguments)
+
+    class Kernel:
+        @staticmethod
+        def add(*arguments):
+            held.append(keystream._lock.locked())
+            return KERNEL.add(*arguments)
+
+    keystream._add_chunk_ = operations
+    if way == "kernel":
+        monkeypatch.setattr(noise_module, "_kernel", Kernel)
 
     class Spy:
         def __init__(self, cipher):
@@ -244,7 +259,7 @@ def test_two_threads_never_share_the_buffers(way):
 
     keystream._cipher = Spy(keystream._cipher)
     noise.add_noise_(torch.zeros(3), 1.0)
-    assert held == [True]
+    assert held == [True, True]
 
 
 def test_a_forked_noise_generator_refuses_to_draw(monkeypatch):

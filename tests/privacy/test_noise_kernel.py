@@ -41,7 +41,9 @@ def exact(values, words, std, divisor):
 )
 def test_it_is_built_where_it_can_be():
     """Otherwise every test here would be passed over in silence."""
-    assert KERNEL is not None
+    assert KERNEL is not None, (
+        "not built, or built from another version of box_muller.c: install the package again"
+    )
 
 
 @needs_kernel
@@ -105,3 +107,66 @@ def test_it_is_used_for_float32_and_few_threads(dtype, threads, used, monkeypatc
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     NoiseGenerator(device="cpu").add_noise_(torch.zeros(10, dtype=getattr(torch, dtype)), 1.0)
     assert bool(calls) == used
+
+
+class _Subclass(torch.Tensor):
+    pass
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ["subclass", "requires_grad", "negative bit"])
+def test_it_is_not_used_where_a_tensor_is_more_than_its_memory(kind, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(noise_module, "_kernel", None)
+    values = torch.ones(10)
+    values = {
+        "subclass": lambda: values.as_subclass(_Subclass),
+        "requires_grad": lambda: values.requires_grad_(),
+        "negative bit": lambda: torch._neg_view(-values),
+    }[kind]()
+    expected = NoiseGenerator(device="cpu", insecure_seed=1)._keystream
+    twin = torch.ones(10)
+    expected.add_to_(twin, 1.0, 2.0)
+
+    class Refusing:
+        @staticmethod
+        def add(*arguments):
+            raise AssertionError("used")
+
+    monkeypatch.setattr(noise_module, "_kernel", Refusing)
+    with torch.no_grad():
+        NoiseGenerator(device="cpu", insecure_seed=1)._keystream.add_to_(values, 1.0, 2.0)
+    torch.testing.assert_close(values.detach().as_subclass(torch.Tensor), twin)
+
+
+@needs_kernel
+def test_autograd_sees_what_it_wrote(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    total = torch.ones(10)
+    before = total._version
+    NoiseGenerator(device="cpu").add_noise_(total, 1.0)
+    assert total._version > before
+
+
+@needs_kernel
+def test_a_kernel_of_another_version_is_not_used():
+    class Swapped:
+        @staticmethod
+        def add(values, words, count, std, divisor):
+            KERNEL.add(values, words, count, divisor, std)
+
+    class Fewer:
+        @staticmethod
+        def add(values, words, count):
+            pass
+
+    assert noise_module._checked(KERNEL) is KERNEL
+    for other in (None, Swapped, Fewer):
+        assert noise_module._checked(other) is None
+
+
+@needs_kernel
+@pytest.mark.parametrize("arguments", [(0, 1, 4), (1, 0, 4), (1, 1, -1)])
+def test_no_memory_is_an_error(arguments):
+    with pytest.raises(ValueError, match="no memory"):
+        KERNEL.add(*arguments, 1.0, 1.0)
