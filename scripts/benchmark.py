@@ -34,7 +34,7 @@ from bench.cases import CASES, DEFAULT_CASES
 from bench.contenders import CONTENDERS
 from bench.device import Device
 from bench.report import Report, environment, has_section, in_words
-from bench.texts import RUNS
+from bench.texts import RUNS, Shape
 
 MODES = ("steps", "scaling", "throughput", "overhead")
 CHILD_TASKS = {
@@ -83,6 +83,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--accumulation", type=int, default=16, help="with --throughput: micro-batches of a step"
     )
+    parser.add_argument("--width", type=int, default=128, help="with --throughput: of the models")
+    parser.add_argument("--layers", type=int, default=4, help="with --throughput: of the models")
     parser.add_argument("--tasks", nargs="+", choices=RUNS, default=list(RUNS), help="with --throughput")
     parser.add_argument("--gpt2-tokenizer", type=Path, help="with --throughput: folder; runs E2E")
     parser.add_argument("--roberta-tokenizer", type=Path, help="with --throughput: folder; runs SST-2")
@@ -108,6 +110,8 @@ def check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Non
         parser.error("--steps must be at least 2: rates after the first step need a second")
     if arguments.accumulation < 1:
         parser.error("--accumulation must be at least 1")
+    if arguments.width < 32 or arguments.width % 32 or arguments.layers < 1:
+        parser.error("--width must be a multiple of 32, and --layers at least 1")
     if arguments.mode == "throughput" and arguments.device != "cpu":
         parser.error("--throughput runs on the CPU only")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -149,6 +153,7 @@ def measure(arguments: argparse.Namespace, device: Device) -> Report:
             rounds=arguments.rounds[0],
             steps=arguments.steps,
             accumulation=arguments.accumulation,
+            shape=Shape(width=arguments.width, layers=arguments.layers),
         )
     return steps.measure(
         cases=arguments.cases,

@@ -81,6 +81,7 @@ def test_a_case_without_its_package_is_left_out(monkeypatch, capsys):
         (["--scaling", "--rounds", "3", "2"], "one for each"),
         (["--scaling", "--overhead"], "not allowed"),
         (["--throughput", "--steps", "1"], "--steps"),
+        (["--throughput", "--width", "100"], "multiple of 32"),
         (["--write", "no/such/page.md"], "each once"),
         (["--device", "tpu"], "tpu"),
         (["--add-to", "no/such.json"], "needs the steps.json"),
@@ -514,7 +515,7 @@ def test_the_page_of_runs_tells_sorting_from_capture():
         "dp_trainer": [made_up_run(seconds=8.0, computed=1000)] * 2,
     }
     text = throughput.page("sst2", runs, throughput.Size(steps=3, accumulation=4))
-    assert "2 rounds of 3 steps of 16 × 4 samples" in text
+    assert "2 rounds of 3 steps of 16 × 4 samples, 4 layers of width 128; samples a second" in text
     assert "| dp_trainer | 10.0 | 1.000 (1.000 to 1.000) | 25.0 | 1.250 (1.250 to 1.250) |" in text
     assert "| plain | 2.000 | 5000.0 | 1.000 (1.000 to 1.000) |" in text
     assert "| dp_trainer | 1.000 | 8000.0 | 1.600 (1.600 to 1.600) |" in text
@@ -523,7 +524,7 @@ def test_the_page_of_runs_tells_sorting_from_capture():
 def test_tasks_without_a_tokenizer_are_left_out(capsys):
     found = throughput.measure(
         tasks=["e2e", "sst2"], gpt2_tokenizer=None, roberta_tokenizer=None, sst2_data=None, rounds=2, steps=2,
-        accumulation=1,
+        accumulation=1, shape=throughput.Shape(),
     )  # fmt: skip
     assert found.data == {}
     assert capsys.readouterr().out.count("no tokenizer was given") == 2

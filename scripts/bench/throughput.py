@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from bench.counting import Clock, Counter, Wrapped
 from bench.report import Report, Spread, ratios, spread, table
-from bench.texts import RUNS, TextRun
+from bench.texts import RUNS, Shape, TextRun
 from dp_trainer import DPTrainer, PrivacyArguments
 from dp_trainer.tasks import find_task
 from dp_trainer.tasks.arguments import DataArguments
@@ -40,10 +40,11 @@ CONTENDERS = ("plain", GROUPED, "dp_trainer", UNSORTED)
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of a run: optimizer steps, and micro-batches of each as the plain Trainer cuts them."""
+    """Of a run: optimizer steps, micro-batches of each as the plain Trainer cuts them, and the model's shape."""
 
     steps: int
     accumulation: int
+    shape: Shape = field(default_factory=Shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ def measure(
     rounds: int,
     steps: int,
     accumulation: int,
+    shape: Shape,
 ) -> Report:
     """Runs every task whose data and tokenizer are at hand; contenders take turns.
 
@@ -107,8 +109,9 @@ def measure(
         rounds: Runs of each contender.
         steps: Optimizer steps of a run.
         accumulation: Micro-batches of a step.
+        shape: Of all models.
     """
-    size = Size(steps=steps, accumulation=accumulation)
+    size = Size(steps=steps, accumulation=accumulation, shape=shape)
     folders = {"e2e": gpt2_tokenizer, "sst2": roberta_tokenizer}
     results: dict[str, dict[str, list[Run]]] = {}
     for name in tasks:
@@ -139,7 +142,7 @@ def measure_task(
         shift = turn % len(CONTENDERS)
         for name in CONTENDERS[shift:] + CONTENDERS[:shift]:
             torch.manual_seed(turn)
-            model, collator = run.model(tokenizer), task.collator(tokenizer)
+            model, collator = run.model(tokenizer, size.shape), task.collator(tokenizer)
             runs[name].append(train(name, model, split.dataset, collator, size=size, seed=turn))
             own = runs[name][-1]
             print(f"{run.task}, round {turn + 1}, {name}: {own.rate:.1f} samples a second", flush=True)
@@ -204,7 +207,8 @@ def page(name: str, runs: Mapping[str, list[Run]], size: Size) -> str:
         )
     header = ("trainer", "whole run", "against plain", "after the first step", "against plain")
     made_of = ("trainer", "computed tokens for each real one", "µs of a computed token", "against plain")
-    title = f"**{name}**, {len(plain)} rounds of {size.steps} steps of {MICRO_BATCH} × {size.accumulation} samples"
+    title = f"**{name}**, {len(plain)} rounds of {size.steps} steps of {MICRO_BATCH} × {size.accumulation} samples, "
+    title += f"{size.shape.layers} layers of width {size.shape.width}"
     return f"{title}; samples a second:\n\n{table(header, rates)}\n\nAfter the first step:\n\n{table(made_of, parts)}"
 
 
