@@ -496,9 +496,11 @@ def test_what_runs_compute_is_counted(capsys):
         assert run.samples == 64 if name.startswith("plain") else 20 < run.samples < 108
         # Long samples have 12 tokens and short ones 2.
         assert 2 * run.samples <= run.real_tokens <= run.computed_tokens <= 12 * run.samples
-    # Sorted, at most one micro-batch of each step mixes long and short; unsorted, every one does.
-    for name in ("plain", throughput.UNSORTED):
-        assert runs[name].computed_tokens == 12 * runs[name].samples
+    # Sorted, at most one micro-batch of each step mixes long and short; unsorted, every one does, but that the few
+    # samples of a Poisson draw's last micro-batch may all be short by chance.
+    assert runs["plain"].computed_tokens == 12 * runs["plain"].samples
+    unsorted = runs[throughput.UNSORTED]
+    assert 12 * unsorted.samples - 160 <= unsorted.computed_tokens <= 12 * unsorted.samples
     for name in (throughput.GROUPED, "dp_trainer"):
         assert runs[name].padding < runs["plain"].padding
 
