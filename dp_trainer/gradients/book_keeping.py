@@ -25,7 +25,7 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
-from dp_trainer.gradients.planner import Keeping, squared_norms
+from dp_trainer.gradients.planner import settle, squared_norms
 from dp_trainer.gradients.sharding import is_sharded, on_any_rank, reduced_to_shards
 from dp_trainer.privacy.clipping import ClippingFunction
 
@@ -39,7 +39,7 @@ def book_keeping(
     verified: set[Use] | None = None,
 ) -> Part:
     """Adds a micro-batch's clipped sum to the totals, from its forms."""
-    forms_by_name, losses_B = captured_forms(model, micro_batch, per_sample_loss, Keeping().settle, verified)
+    forms_by_name, losses_B = captured_forms(model, micro_batch, per_sample_loss, settle, verified)
     with full_precision(losses_B.device):
         norms_B = norms_of(add_squares(squared_norms(forms_by_name), losses_B))
         factors_B = clipping(norms_B)
@@ -58,7 +58,7 @@ def fill_in(
     verified: set[Use] | None = None,
 ) -> None:
     """Takes part in the calls of other ranks of a sharded model, and adds nothing."""
-    _, losses_B = captured_forms(model, micro_batch, per_sample_loss, Keeping().settle, verified)
+    _, losses_B = captured_forms(model, micro_batch, per_sample_loss, settle, verified)
     nothing = losses_B.new_zeros(0)
     _add_clipped_shards(model, {}, nothing, nothing, totals)
 

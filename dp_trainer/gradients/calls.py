@@ -94,9 +94,10 @@ class CapturedCall:
 
     def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
         """Records each use's form when the gradient of ``output`` arrives; returns the output."""
-        tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
-        for derived, _ in tracked:
+        waiting = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        for derived, _ in waiting:
             self._recorder.expect(derived)
+        tracked = bool(waiting)
         if output._is_view():
             # A view written to in place loses its hooks. This shares the memory and is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
@@ -104,8 +105,12 @@ class CapturedCall:
             output = self._recorder.anchored(output)
 
         def record(grad: Tensor) -> None:
+            if tracked and not waiting:
+                self.refuse("its gradient arrived twice, in two backward passes of one forward pass")
             with torch._C.DisableTorchFunction():
-                for derived, maker in tracked:
+                while waiting:
+                    # Popped, since the graph keeps its hooks, and a maker what it needs, until all of it is gone.
+                    derived, maker = waiting.pop(0)
                     self._recorder.record(derived, maker(grad.detach()))
 
         output.register_hook(record)  # type: ignore[no-untyped-call]

@@ -16,11 +16,11 @@ from dp_trainer.gradients.forms import Form, Materialized, OuterProduct
 from dp_trainer.gradients.independence import repeatable
 from dp_trainer.gradients.parts import MicroBatch, PerSampleLoss
 from dp_trainer.gradients.planner import (
-    Keeping,
     choose_strategy,
     cost_of_building,
     cost_of_ghost_norm,
-    is_built,
+    settle,
+    what_is_built,
 )
 
 
@@ -53,10 +53,9 @@ def explain(model: nn.Module, micro_batch: MicroBatch, *, per_sample_loss: PerSa
         multiplications a sample.
     """
     made: dict[str, tuple[Form, Form]] = {}
-    keeping = Keeping()
 
     def note(name: str, form: Form) -> Form:
-        made[name] = form, keeping.settle(name, form)
+        made[name] = form, settle(name, form)
         return made[name][1]
 
     with repeatable(model), capture(model, micro_batch_size(micro_batch), settle=note) as tape:
@@ -64,11 +63,13 @@ def explain(model: nn.Module, micro_batch: MicroBatch, *, per_sample_loss: PerSa
         if losses_B.requires_grad:
             losses_B.sum().backward()  # type: ignore[no-untyped-call]
     choices: Counter[_Choice] = Counter()
-    for name, forms in tape.take_forms().items():
+    forms_by_name = tape.take_forms()
+    chosen = what_is_built(forms_by_name)
+    for name, forms in forms_by_name.items():
         first, settled = made.get(name, (forms[0], forms[0]))
         used = [settled] if name in made else forms
         built = isinstance(settled, Materialized) and isinstance(first, OuterProduct)
-        choices[_describe([first] if name in made else forms, used, built=built or is_built(forms))] += 1
+        choices[_describe([first] if name in made else forms, used, built=built or name in chosen)] += 1
     lines = [
         f"strategy for this micro-batch of {micro_batch_size(micro_batch)}: {choose_strategy(model, micro_batch)}",
         f"{'shape':>16} {'count':>6} {'uses':>5} {'T':>6} {'in use':>7} {'ghost':>9} {'built':>9}  choice",

@@ -12,6 +12,7 @@ Axes: B sample, T position, P first weight axis, D second.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from dp_trainer.gradients.forms import (
     closer_bounds,
     sum_dense,
 )
-from dp_trainer.gradients.measures import GramCache
+from dp_trainer.gradients.measures import GramCache, accumulation_dtype
 from dp_trainer.gradients.parts import full_precision
 from dp_trainer.gradients.sharding import is_sharded
 
@@ -39,54 +40,72 @@ _COST_OF_A_BUILT_ELEMENT = 84
 _COST_OF_A_WHOLE_ELEMENT = 60
 # The share of a Gram matrix that is computed: the lower triangle, in blocks.
 _SHARE_OF_A_GRAM = 0.6
-# Built gradients may take this many times the memory of the factors that they replace, for one parameter,
-_LARGEST_GROWTH = 1.6
-# and so much more than all factors, of all parameters together.
-_LARGEST_GROWTH_IN_ALL = 0.05
+# Gradients built after the backward pass may take so much more memory than the factors of all parameters.
+_LARGEST_GROWTH = 0.03
+# As many uses share an input, as a rule at most: queries, keys and values.
+_USES_OF_AN_INPUT = 3
 # A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
 _LONG = 512
 # Positions that no sample uses are left out where that halves the work, or better.
 _MOST_USED_POSITIONS = 0.5
 
 
-class Keeping:
-    """Decides what is kept of a micro-batch's uses, as their gradients arrive.
+def settle(_name: str, form: Form) -> Form:
+    """Returns an equal form that costs less to keep and to measure, for the only use of a parameter.
 
-    Building gradients takes more memory than their factors, as a rule, so only as
-    many are built as a share of all factors' memory allows.
+    Called as gradients arrive, so what it builds must take no more memory even if
+    the input stays for other uses; ``what_is_built`` decides later about the rest.
     """
-
-    def __init__(self) -> None:
-        self._factors, self._built_instead = 0, 0
-
-    def settle(self, _name: str, form: Form) -> Form:
-        """Returns an equal form that costs less to keep and to measure, for the only use of a parameter."""
-        form = without_unused_positions(form)
-        if not isinstance(form, OuterProduct):
-            return form
-        factors, built = _elements(form), form.left_BTP.shape[0] * form.shape.numel()
-        self._factors += factors
-        growth = self._built_instead + built - factors
-        if growth > _LARGEST_GROWTH_IN_ALL * self._factors or not is_built([form]):
-            return form
-        self._built_instead = growth
-        with full_precision(form.left_BTP.device):
-            return Materialized(form.dense())
+    form = without_unused_positions(form)
+    if not isinstance(form, OuterProduct) or not _costs_less_built([form]):
+        return form
+    if _built_bytes([form]) > form.left_BTP.nbytes + form.right_BTD.nbytes / _USES_OF_AN_INPUT:
+        return form
+    with full_precision(form.left_BTP.device):
+        return Materialized(form.dense())
 
 
-def _elements(form: OuterProduct) -> int:
-    return form.left_BTP.numel() + form.right_BTD.numel()
+def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
+    """Returns the parameters whose gradients to build: where that takes less time, as memory allows.
+
+    Factors that several parameters share, as queries, keys and values share an
+    input, count once, and are free only when all of these are built.
+    """
+    factors = {name: _distinct_factors(forms) for name, forms in forms_by_name.items()}
+    users = Counter(key for keys in factors.values() for key in keys)
+    room = _LARGEST_GROWTH * sum(
+        {key: size for keys in factors.values() for key, size in keys.items()}.values()
+    )
+    chosen = set()
+    for name, forms in forms_by_name.items():
+        if not factors[name] or not _costs_less_built(forms):
+            continue
+        growth = _built_bytes(forms) - sum(size for key, size in factors[name].items() if users[key] == 1)
+        if growth <= room:
+            room -= growth
+            users.subtract(factors[name].keys())
+            chosen.add(name)
+    return chosen
 
 
-def is_built(forms: Sequence[Form]) -> bool:
-    """Whether building one parameter's gradients takes less time than their ghost norm, and little more memory."""
+def _distinct_factors(forms: Sequence[Form]) -> dict[tuple[int, torch.Size], int]:
+    """The sizes in bytes of what outer products are made of, by where it lies."""
     outer = [form for form in forms if isinstance(form, OuterProduct)]
-    if not outer:
-        return False
-    height, width = outer[0].shape
-    positions = sum(form.left_BTP.shape[1] for form in outer)
-    fits = height * width <= _LARGEST_GROWTH * positions * (height + width)
-    return fits and cost_of_building(outer) < cost_of_ghost_norm(outer)
+    tensors = [tensor for form in outer for tensor in (form.left_BTP, form.right_BTD)]
+    return {(tensor.data_ptr(), tensor.shape): tensor.nbytes for tensor in tensors}
+
+
+def _built_bytes(forms: Sequence[Form]) -> int:
+    """What the built gradients of one parameter take."""
+    outer = next(form for form in forms if isinstance(form, OuterProduct))
+    dtype = accumulation_dtype(outer.left_BTP, outer.right_BTD)
+    return outer.left_BTP.shape[0] * outer.shape.numel() * dtype.itemsize
+
+
+def _costs_less_built(forms: Sequence[Form]) -> bool:
+    """Whether building one parameter's gradients takes less time than their ghost norm."""
+    outer = [form for form in forms if isinstance(form, OuterProduct)]
+    return bool(outer) and cost_of_building(outer) < cost_of_ghost_norm(outer)
 
 
 def cost_of_ghost_norm(forms: Sequence[OuterProduct]) -> float:
@@ -122,9 +141,9 @@ def without_unused_positions(form: Form) -> Form:
 
 def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
     """Returns each parameter's squared norms (B,), and leaves the forms to sum in ``forms_by_name``."""
-    grams, rough = GramCache(), {}
+    grams, rough, chosen = GramCache(), {}, what_is_built(forms_by_name)
     for name, forms in forms_by_name.items():
-        if is_built(forms):
+        if name in chosen:
             forms_by_name[name] = [Materialized(sum_dense(forms))]
         rough[name] = bound_squared_norms(forms_by_name[name], grams)
     squares = {name: bound.bounds_B for name, bound in rough.items()}

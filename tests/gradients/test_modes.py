@@ -20,6 +20,8 @@ from dp_trainer import (
     UnsupportedOperationError,
     clipped_gradient_sum,
 )
+from dp_trainer.gradients.capture import capture
+from dp_trainer.gradients.forms import OuterProduct
 from dp_trainer.losses import per_sample_loss_for
 
 CASES = {case.name: case for case in MODEL_CASES}
@@ -226,6 +228,35 @@ def test_micro_batches_do_not_pile_up_in_memory():
     finally:
         gc.enable()
     assert all(reference() is None for reference in alive)
+
+
+def test_what_a_use_needed_is_freed_as_soon_as_it_is_recorded():
+    """The graph keeps its hooks until all of it is gone; they must not keep a layer's input as long."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 2))
+    x, inputs = torch.randn(3, 4, 5), []
+
+    def drop(_name, form):
+        if isinstance(form, OuterProduct):
+            inputs.append(weakref.ref(form.right_BTD))
+
+    with capture(model, 3, settle=drop) as tape:
+        losses = model(x).square().sum((1, 2))
+        losses.sum().backward()
+        # The graph is still there.
+        assert losses.grad_fn is not None
+        assert len(inputs) == 3
+        assert [reference() for reference in inputs] == [None] * 3
+    assert not tape.take_forms()
+
+
+def test_a_second_backward_pass_is_refused():
+    """What the first one recorded is gone, so the second would be recorded in part."""
+    model, x = nn.Linear(5, 2), torch.randn(3, 4, 5)
+    with capture(model, 3):
+        loss = model(x).square().sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(UnsupportedOperationError, match=r"weight, bias.*arrived twice"):
+            loss.backward()
 
 
 def _live_tensors() -> int:

@@ -11,7 +11,7 @@ from cases import MODEL_CASES
 from torch import nn
 
 from dp_trainer import AutomaticClipping, FlatClipping
-from dp_trainer.gradients import measures, planner
+from dp_trainer.gradients import book_keeping, measures, planner
 from dp_trainer.gradients.explain import explain
 from dp_trainer.gradients.forms import OuterProduct, RowScatter, sum_squared_norms
 from dp_trainer.gradients.strategies import clipped_gradient_sum
@@ -37,19 +37,18 @@ def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
         clipped_gradient_sum, model, [batch], per_sample_loss=loss, strategy="book_keeping"
     )
     median = float(run(clipping=AutomaticClipping()).norms.median())
-    results, plain = [], planner.Keeping.settle
+    results, plain = [], planner.squared_norms
     for cost in (1e12, 0):
         kinds: set[type] = set()
         monkeypatch.setattr(planner, "_COST_OF_A_BUILT_ELEMENT", cost)
         monkeypatch.setattr(planner, "_LARGEST_GROWTH", 1e12)
-        monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_ALL", 1e12)
 
-        def spy(self, name, form, kinds=kinds):
-            settled = plain(self, name, form)
-            kinds.add(type(settled))
-            return settled
+        def spy(forms_by_name, kinds=kinds):
+            squares = plain(forms_by_name)
+            kinds.update(type(form) for forms in forms_by_name.values() for form in forms)
+            return squares
 
-        monkeypatch.setattr(planner.Keeping, "settle", spy)
+        monkeypatch.setattr(book_keeping, "squared_norms", spy)
         results.append(run(clipping=FlatClipping(1.01 * median)))
         assert (OuterProduct in kinds) == (cost > 0)
     assert 0 < int((results[0].factors < 0.999).sum()) < len(batch["labels"])
@@ -114,7 +113,7 @@ def test_a_classifier_that_reads_one_position_is_exact_and_shorter():
         ([_outer(100, 768)], False),
         ([_outer(400, 768)], True),
         # Built, it would take more memory than the short factors it replaces.
-        ([_outer(100, 2000)], False),
+        ([_outer(250, 768)], False),
         # Twelve uses of one weight have 78 pairs.
         ([_outer(100, 768)] * 12, True),
         ([RowScatter(torch.zeros(B, 400, dtype=torch.long), torch.randn(B, 400, 8), 8)], False),
@@ -122,18 +121,39 @@ def test_a_classifier_that_reads_one_position_is_exact_and_shorter():
     ids=["short", "long", "too large", "shared", "table"],
 )
 def test_what_is_built(forms, built):
-    assert planner.is_built(forms) == built
+    if len(forms) > 1:
+        forms = [_outer(100, 768) for _ in forms]
+    assert planner.what_is_built({"weight": forms}) == ({"weight"} if built else set())
+
+
+def _uses(number, positions, left, right, *, shared=False):
+    """One use each of several parameters."""
+    inputs = [torch.randn(1, positions, right) for _ in range(1 if shared else number)]
+    return {
+        str(k): [OuterProduct(torch.randn(1, positions, left), inputs[k % len(inputs)])]
+        for k in range(number)
+    }
 
 
 def test_built_gradients_are_as_many_as_memory_allows():
-    """Each takes 1.56 times the memory of its factors; together they may take 1.05 times that of all."""
-    keeping = planner.Keeping()
-    forms = [
-        OuterProduct(torch.randn(1, 197, 1536), torch.randn(1, 197, 384, dtype=torch.float32))
-        for _ in range(12)
-    ]
-    built = [not isinstance(keeping.settle("", form), OuterProduct) for form in forms]
-    assert sum(built) == 1
+    """Each takes 1.56 times the memory of its factors; together they may take 1.03 times that of all."""
+    assert len(planner.what_is_built(_uses(24, 197, 1536, 384))) == 1
+
+
+def test_an_input_that_others_need_is_not_free(monkeypatch):
+    """Three 384 × 384 gradients take less than six factors of 197 positions, and more than four."""
+    assert len(planner.what_is_built(_uses(3, 197, 384, 384))) == 3
+    assert not planner.what_is_built(_uses(3, 197, 384, 384, shared=True))
+    monkeypatch.setattr(planner, "_LARGEST_GROWTH", 0.6)
+    assert len(planner.what_is_built(_uses(3, 197, 384, 384, shared=True))) == 3
+
+
+@pytest.mark.parametrize(("positions", "at_once"), [(197, False), (280, False), (300, True)])
+def test_gradients_are_built_at_once_where_that_takes_no_memory_even_if_the_input_stays(positions, at_once):
+    (form,) = _uses(1, positions, 384, 384)["0"]
+    settled = planner.settle("", form)
+    assert isinstance(settled, OuterProduct) == (not at_once)
+    torch.testing.assert_close(settled.dense(), form.dense())
 
 
 TOKENS = lambda batch, length: {"input_ids": torch.zeros(batch, length, dtype=torch.long)}  # noqa: E731
@@ -188,16 +208,14 @@ def test_weights_in_two_bfloat16_pieces_keep_sixteen_digits():
 def test_inputs_are_kept_as_autocast_multiplied_them():
     """Otherwise one factor would be float32, and a device could not use its half-precision units."""
     layer, x = nn.Linear(D, P), torch.randn(B, 7, D)
-    kinds, plain = [], planner.Keeping.settle
+    kinds = []
 
     def loss(model, batch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(batch["x"]).float().square().sum((1, 2))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            planner.Keeping, "settle", lambda self, n, form: kinds.append(form) or plain(self, n, form)
-        )
+        patch.setattr(book_keeping, "settle", lambda n, form: kinds.append(form) or planner.settle(n, form))
         result = clipped_gradient_sum(layer, [{"x": x}], per_sample_loss=loss, clipping=FlatClipping(1e9))
     outer = [form for form in kinds if isinstance(form, OuterProduct)]
     assert {(f.left_BTP.dtype, f.right_BTD.dtype) for f in outer} == {(torch.bfloat16, torch.bfloat16)}
