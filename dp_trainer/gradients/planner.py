@@ -41,7 +41,7 @@ _COST_OF_A_WHOLE_ELEMENT = 60
 # The share of a Gram matrix that is computed: the lower triangle, in blocks.
 _SHARE_OF_A_GRAM = 0.6
 # Gradients built after the backward pass may take so much more memory than the factors of all parameters.
-_LARGEST_GROWTH = 0.03
+_LARGEST_GROWTH = 0.25
 # As many uses share an input, as a rule at most: queries, keys and values.
 _USES_OF_AN_INPUT = 3
 # A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
@@ -57,7 +57,7 @@ def settle(_name: str, form: Form) -> Form:
     the input stays for other uses; ``what_is_built`` decides later about the rest.
     """
     form = without_unused_positions(form)
-    if not isinstance(form, OuterProduct) or not _costs_less_built([form]):
+    if not isinstance(form, OuterProduct) or _saved_by_building([form]) <= 0:
         return form
     if _built_bytes([form]) > form.left_BTP.nbytes + form.right_BTD.nbytes / _USES_OF_AN_INPUT:
         return form
@@ -69,20 +69,25 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     """Returns the parameters whose gradients to build: where that takes less time, as memory allows.
 
     Factors that several parameters share, as queries, keys and values share an
-    input, count once, and are free only when all of these are built.
+    input, count once, and are free only when all of these are built. Those come
+    first that save most time for the memory.
     """
     factors = {name: _distinct_factors(forms) for name, forms in forms_by_name.items()}
     users = Counter(key for keys in factors.values() for key in keys)
     room = _LARGEST_GROWTH * sum(
         {key: size for keys in factors.values() for key, size in keys.items()}.values()
     )
+
+    def growth(name: str) -> int:
+        freed = (size for key, size in factors[name].items() if users[key] == 1)
+        return _built_bytes(forms_by_name[name]) - sum(freed)
+
+    savings = {name: _saved_by_building(forms) for name, forms in forms_by_name.items()}
+    candidates = [name for name, saved in savings.items() if saved > 0]
     chosen = set()
-    for name, forms in forms_by_name.items():
-        if not factors[name] or not _costs_less_built(forms):
-            continue
-        growth = _built_bytes(forms) - sum(size for key, size in factors[name].items() if users[key] == 1)
-        if growth <= room:
-            room -= growth
+    for name in sorted(candidates, key=lambda name: growth(name) / savings[name]):
+        if growth(name) <= room:
+            room -= growth(name)
             users.subtract(factors[name].keys())
             chosen.add(name)
     return chosen
@@ -102,10 +107,10 @@ def _built_bytes(forms: Sequence[Form]) -> int:
     return outer.left_BTP.shape[0] * outer.shape.numel() * dtype.itemsize
 
 
-def _costs_less_built(forms: Sequence[Form]) -> bool:
-    """Whether building one parameter's gradients takes less time than their ghost norm."""
+def _saved_by_building(forms: Sequence[Form]) -> float:
+    """Multiplications a sample that building one parameter's gradients saves against their ghost norm."""
     outer = [form for form in forms if isinstance(form, OuterProduct)]
-    return bool(outer) and cost_of_building(outer) < cost_of_ghost_norm(outer)
+    return cost_of_ghost_norm(outer) - cost_of_building(outer) if outer else 0.0
 
 
 def cost_of_ghost_norm(forms: Sequence[OuterProduct]) -> float:
