@@ -94,26 +94,15 @@ class CapturedCall:
 
     def watch(self, output: Tensor, *uses: tuple[Tensor | None, FormMaker]) -> Tensor:
         """Records each use's form when the gradient of ``output`` arrives; returns the output."""
-        waiting = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
-        for derived, _ in waiting:
+        tracked = [(self._known[id(t)], maker) for t, maker in uses if self.is_tracked(t)]
+        for derived, _ in tracked:
             self._recorder.expect(derived)
-        tracked = bool(waiting)
         if output._is_view():
             # A view written to in place loses its hooks. This shares the memory and is no view.
             output = torch.ops.aten._unsafe_view(output, output.shape)
         if not output.requires_grad:
             output = self._recorder.anchored(output)
-
-        def record(grad: Tensor) -> None:
-            if tracked and not waiting:
-                self.refuse("its gradient arrived twice, in two backward passes of one forward pass")
-            with torch._C.DisableTorchFunction():
-                while waiting:
-                    # Popped, since the graph keeps its hooks, and a maker what it needs, until all of it is gone.
-                    derived, maker = waiting.pop(0)
-                    self._recorder.record(derived, maker(grad.detach()))
-
-        output.register_hook(record)  # type: ignore[no-untyped-call]
+        self._record_once(output, tracked)
         return output
 
     def by_sample(self, tensor: Tensor) -> Tensor:
@@ -154,12 +143,7 @@ class CapturedCall:
             self.refuse("its argument made from parameters has a first axis that may run over the samples")
         stacked = tensor.detach().expand(self.batch_size, *tensor.shape).requires_grad_()
         self._recorder.expect(derived)
-
-        def record(grad: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                self._recorder.record(derived, Materialized(grad.detach()))
-
-        stacked.register_hook(record)  # type: ignore[no-untyped-call]
+        self._record_once(stacked, [(derived, Materialized)])
         return list(stacked.unbind())
 
     def own_places(self, tensor: Tensor, axis: int) -> Tensor:
@@ -173,15 +157,13 @@ class CapturedCall:
         copy = tensor.detach().requires_grad_()
         self._recorder.expect(derived)
 
-        def record(grad: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                samples_R = sample_major(rows, self.batch_size, grad.device)
-                own_BR = samples_R == torch.arange(self.batch_size, device=grad.device)[:, None]
-                rows_first = grad.detach().movedim(axis, 0)
-                apart = rows_first * own_BR.view(*own_BR.shape, *[1] * (grad.ndim - 1))
-                self._recorder.record(derived, Materialized(apart.movedim(1, axis + 1)))
+        def taken_apart(grad: Tensor) -> Materialized:
+            samples_R = sample_major(rows, self.batch_size, grad.device)
+            own_BR = samples_R == torch.arange(self.batch_size, device=grad.device)[:, None]
+            apart = grad.movedim(axis, 0) * own_BR.view(*own_BR.shape, *[1] * (grad.ndim - 1))
+            return Materialized(apart.movedim(1, axis + 1))
 
-        copy.register_hook(record)  # type: ignore[no-untyped-call]
+        self._record_once(copy, [(derived, taken_apart)])
         return copy
 
     def per_sample_copy(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -203,21 +185,19 @@ class CapturedCall:
         else:
             copy = tensor.detach().reshape(padded).expand(*padded[:axis], rows, *padded[axis + 1 :])
 
-        def record(grad: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                if aligned:
-                    gradients = self._split(grad.detach())
-                elif isinstance(layout, RowLayout):
-                    gradients = layout.sum_by_sample(grad.detach()).reshape(self.batch_size, *tensor.shape)
-                else:
-                    rows_first = self._split(grad.detach().movedim(axis, 0))
-                    gradients = rows_first.sum(1).reshape(self.batch_size, *tensor.shape)
-                self._recorder.record(derived, Materialized(gradients), aligned=aligned)
+        def added_up(grad: Tensor) -> Materialized:
+            if aligned:
+                return Materialized(self._split(grad))
+            if isinstance(layout, RowLayout):
+                summed = layout.sum_by_sample(grad)
+            else:
+                summed = self._split(grad.movedim(axis, 0)).sum(1)
+            return Materialized(summed.reshape(self.batch_size, *tensor.shape))
 
         if not copy.is_floating_point():
             self.refuse(f"its argument is of type {copy.dtype}")
         self._recorder.expect(derived)
-        copy.requires_grad_().register_hook(record)  # type: ignore[no-untyped-call]
+        self._record_once(copy.requires_grad_(), [(derived, added_up)], aligned=aligned)
         return copy
 
     def derive(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -227,6 +207,29 @@ class CapturedCall:
     def refuse(self, reason: str) -> NoReturn:
         """Raises ``UnsupportedOperationError`` for this call."""
         raise refusal(self._function, self._rooted, reason)
+
+    def _record_once(
+        self, tensor: Tensor, uses: Sequence[tuple[Derived, FormMaker]], *, aligned: bool = False
+    ) -> None:
+        """Records the uses when the tensor's gradient arrives, and refuses a second one.
+
+        What a maker needs is freed then: the graph keeps its hooks until all of it is gone.
+        """
+        waiting, has_arrived = list(uses), False
+
+        def record(grad: Tensor) -> None:
+            nonlocal has_arrived
+            if has_arrived:
+                self.refuse("its gradient arrived twice, in two backward passes of one forward pass")
+            # First of all: a pass that fails half-way must not be taken up again.
+            has_arrived = True
+            with torch._C.DisableTorchFunction():
+                while waiting:
+                    derived, maker = waiting.pop(0)
+                    self._recorder.record(derived, maker(grad.detach()), aligned=aligned)
+
+        if waiting:
+            tensor.register_hook(record)  # type: ignore[no-untyped-call]
 
     def _split(self, tensor: Tensor) -> Tensor:
         """A tensor with sample-major rows as (B, rows of a sample, …)."""

@@ -53,13 +53,16 @@ _MOST_USED_POSITIONS = 0.5
 def settle(_name: str, form: Form) -> Form:
     """Returns an equal form that costs less to keep and to measure, for the only use of a parameter.
 
-    Called as gradients arrive, so what it builds must take no more memory even if
-    the input stays for other uses; ``what_is_built`` decides later about the rest.
+    Called as gradients arrive, before it is known which uses share an input, so it
+    builds only what takes no more memory if ``_USES_OF_AN_INPUT`` do;
+    ``what_is_built`` decides later about the rest.
     """
     form = without_unused_positions(form)
     if not isinstance(form, OuterProduct) or _saved_by_building([form]) <= 0:
         return form
-    if _built_bytes([form]) > form.left_BTP.nbytes + form.right_BTD.nbytes / _USES_OF_AN_INPUT:
+    left, right = form.left_BTP.nbytes, form.right_BTD.nbytes
+    # Either factor may be the input.
+    if _built_bytes([form]) > min(left + right / _USES_OF_AN_INPUT, right + left / _USES_OF_AN_INPUT):
         return form
     with full_precision(form.left_BTP.device):
         return Materialized(form.dense())
@@ -86,8 +89,11 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     candidates = [name for name, saved in savings.items() if saved > 0]
     chosen = set()
     for name in sorted(candidates, key=lambda name: growth(name) / savings[name]):
-        if growth(name) <= room:
-            room -= growth(name)
+        # Several uses are added up, which takes a second and a third copy for that moment.
+        copies = 2 * _built_bytes(forms_by_name[name]) if len(forms_by_name[name]) > 1 else 0
+        if growth(name) + copies <= room:
+            # What is freed is not given to others, which may be built before.
+            room -= max(0, growth(name))
             users.subtract(factors[name].keys())
             chosen.add(name)
     return chosen

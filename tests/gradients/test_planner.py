@@ -28,7 +28,7 @@ def _outer(positions, width=8, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("case", MODEL_CASES, ids=str)
-def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
+def test_built_at_once_or_later_or_not_the_result_is_the_same(case, monkeypatch):
     """Whole models, tied weights included, some samples clipped and some not."""
     model = case.build(torch.float64)
     loss = per_sample_loss_for(model)
@@ -38,9 +38,15 @@ def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
     )
     median = float(run(clipping=AutomaticClipping()).norms.median())
     results, plain = [], planner.squared_norms
-    for cost in (1e12, 0):
+    settled, settle = [], planner.settle
+    monkeypatch.setattr(
+        book_keeping, "settle", lambda name, form: settled.append(settle(name, form)) or settled[-1]
+    )
+    for cost, uses_of_an_input in ((1e12, 3), (0, 1e12), (0, 1e-12)):
         kinds: set[type] = set()
+        settled.clear()
         monkeypatch.setattr(planner, "_COST_OF_A_BUILT_ELEMENT", cost)
+        monkeypatch.setattr(planner, "_USES_OF_AN_INPUT", uses_of_an_input)
         monkeypatch.setattr(planner, "_LARGEST_GROWTH", 1e12)
 
         def spy(forms_by_name, kinds=kinds):
@@ -51,9 +57,11 @@ def test_built_at_once_or_not_the_result_is_the_same(case, monkeypatch):
         monkeypatch.setattr(book_keeping, "squared_norms", spy)
         results.append(run(clipping=FlatClipping(1.01 * median)))
         assert (OuterProduct in kinds) == (cost > 0)
+        assert any(isinstance(form, OuterProduct) for form in settled) == (uses_of_an_input > 1)
     assert 0 < int((results[0].factors < 0.999).sum()) < len(batch["labels"])
-    torch.testing.assert_close(results[0].norms, results[1].norms)
-    assert reference.distance(results[0].gradients, results[1].gradients) < 1e-10
+    for other in results[1:]:
+        torch.testing.assert_close(results[0].norms, other.norms)
+        assert reference.distance(results[0].gradients, other.gradients) < 1e-10
 
 
 @pytest.mark.parametrize("used", [[0], [2], [7], [1, 3], []], ids=str)
@@ -162,6 +170,22 @@ def test_gradients_are_built_at_once_where_that_takes_no_memory_even_if_the_inpu
     settled = planner.settle("", form)
     assert isinstance(settled, OuterProduct) == (not at_once)
     torch.testing.assert_close(settled.dense(), form.dense())
+
+
+def test_either_factor_may_be_the_input_that_stays():
+    """Of x @ W the left factor is the input: 1024 wide and needed by others, the gradients are no gain."""
+    (form,) = _uses(1, 200, 1024, 150)["0"]
+    for either in (form, form.transposed()):
+        assert isinstance(planner.settle("", either), OuterProduct)
+
+
+def test_what_adding_up_takes_must_fit_as_well():
+    """Three copies of a table's gradients, where one would fit."""
+    uses = [OuterProduct(torch.randn(1, 200, 1000), torch.randn(1, 200, 1000)) for _ in range(2)]
+    forms = {"shared": uses} | _uses(2, 100, 3000, 700)
+    assert not planner.what_is_built(forms)
+    roomy = forms | {"long": _uses(1, 800, 9000, 700)["0"]}
+    assert planner.what_is_built(roomy) == {"shared", "long"}
 
 
 TOKENS = lambda batch, length: {"input_ids": torch.zeros(batch, length, dtype=torch.long)}  # noqa: E731
