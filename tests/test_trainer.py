@@ -852,5 +852,6 @@ def test_a_run_goes_on_where_memory_runs_out(tmp_path):
     assert run.accountant.steps_spent == run.state.global_step == 4
     assert run.plan == expected
     assert run.accountant.epsilon == run.plan.epsilon
-    # Each failure halves for good, and four times bring the largest micro-batch, 4 · 8 samples, to 2. Which step needs the last one is chance.
+    # Each failure halves for good, and four bring the largest micro-batch possible, 4 · 8 samples, to 2. Which
+    # step needs the last one is chance.
     assert 1 <= sum(size > 3 for size in largest) <= 4

@@ -12,7 +12,7 @@ Axes: B sample, T position, P first weight axis, D second.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,9 +77,7 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     """
     factors = {name: _distinct_factors(forms) for name, forms in forms_by_name.items()}
     users = Counter(key for keys in factors.values() for key in keys)
-    room = _LARGEST_GROWTH * sum(
-        {key: size for keys in factors.values() for key, size in keys.items()}.values()
-    )
+    room = _LARGEST_GROWTH * sum(ChainMap(*factors.values()).values())
 
     def growth(name: str) -> int:
         freed = (size for key, size in factors[name].items() if users[key] == 1)
@@ -91,9 +89,10 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     for name in sorted(candidates, key=lambda name: growth(name) / savings[name]):
         # Several uses are added up, which takes a second and a third copy for that moment.
         copies = 2 * _built_bytes(forms_by_name[name]) if len(forms_by_name[name]) > 1 else 0
-        if growth(name) + copies <= room:
+        added = growth(name)
+        if added + copies <= room:
             # What is freed is not given to others, which may be built before.
-            room -= max(0, growth(name))
+            room -= max(0, added)
             users.subtract(factors[name].keys())
             chosen.add(name)
     return chosen
