@@ -1,7 +1,7 @@
 """What one parameter's per-sample gradients are made of, and all mathematics on them.
 
-An operation rule never computes with gradients: it returns a form. Four forms
-(one in ``slots.py``) cover every use of a parameter, and norms, inner products and weighted sums are
+An operation rule never computes with gradients: it returns a form. Five forms
+(one in ``slots.py``, one in ``built.py``) cover every use of a parameter, and norms, inner products and weighted sums are
 written here once, in float32 at least, whatever the dtype of the tensors.
 
 Norms never fall below the true ones. A Gram product sums terms as large as the
@@ -29,6 +29,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dp_trainer.gradients.built import Built
 from dp_trainer.gradients.measures import (
     ROUNDING_OF_WEIGHTS,
     GramCache,
@@ -194,7 +195,7 @@ class Materialized:
         return wide(self.gradients_BK).reshape(self.gradients_BK.shape[0], -1)
 
 
-Form: TypeAlias = OuterProduct | RowScatter | Materialized | SlottedOuterProduct
+Form: TypeAlias = OuterProduct | RowScatter | Materialized | Built | SlottedOuterProduct
 
 
 def inner_products(first: Form, second: Form) -> Tensor:

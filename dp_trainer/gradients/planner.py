@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size
+from dp_trainer.gradients.built import Built, build
 from dp_trainer.gradients.checkpointing import saves_memory
 from dp_trainer.gradients.forms import (
     Form,
@@ -42,6 +43,9 @@ _COST_OF_A_WHOLE_ELEMENT = 60
 _SHARE_OF_A_GRAM = 0.6
 # Gradients built after the backward pass may take so much more memory than the factors of all parameters.
 _LARGEST_GROWTH = 0.25
+# The same where they are built sample by sample, on a CPU: then they fit into the gaps that the backward pass
+# left in the heap, some 200 MB beside 430 MB of factors for ViT-small.
+_LARGEST_GROWTH_BY_SAMPLE = 0.5
 # As many uses share an input, as a rule at most: queries, keys and values.
 _USES_OF_AN_INPUT = 3
 # A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
@@ -65,7 +69,7 @@ def settle(_name: str, form: Form) -> Form:
     if _built_bytes([form]) > min(left + right / _USES_OF_AN_INPUT, right + left / _USES_OF_AN_INPUT):
         return form
     with full_precision(form.left_BTP.device):
-        return Materialized(form.dense())
+        return _built([form])
 
 
 def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
@@ -75,27 +79,40 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     input, count once, and are free only when all of these are built. Those come
     first that save most time for the memory.
     """
+    savings = {name: _saved_by_building(forms) for name, forms in forms_by_name.items()}
+    candidates = [name for name, saved in savings.items() if saved > 0]
     factors = {name: _distinct_factors(forms) for name, forms in forms_by_name.items()}
     users = Counter(key for keys in factors.values() for key in keys)
-    room = _LARGEST_GROWTH * sum(ChainMap(*factors.values()).values())
+    kept = sum(ChainMap(*factors.values()).values())
 
     def growth(name: str) -> int:
         freed = (size for key, size in factors[name].items() if users[key] == 1)
         return _built_bytes(forms_by_name[name]) - sum(freed)
 
-    savings = {name: _saved_by_building(forms) for name, forms in forms_by_name.items()}
-    candidates = [name for name, saved in savings.items() if saved > 0]
-    chosen = set()
+    chosen, taken = set(), 0
     for name in sorted(candidates, key=lambda name: growth(name) / savings[name]):
-        # Several uses are added up, which takes a second and a third copy for that moment.
-        copies = 2 * _built_bytes(forms_by_name[name]) if len(forms_by_name[name]) > 1 else 0
-        added = growth(name)
-        if added + copies <= room:
+        forms, added = forms_by_name[name], growth(name)
+        by_sample = _is_built_by_sample(forms)
+        # Where several uses are not added up in place, that takes a second and a third copy for that moment.
+        copies = 2 * _built_bytes(forms) if len(forms) > 1 and not by_sample else 0
+        if taken + added + copies <= kept * (_LARGEST_GROWTH_BY_SAMPLE if by_sample else _LARGEST_GROWTH):
             # What is freed is not given to others, which may be built before.
-            room -= max(0, added)
+            taken += max(0, added)
             users.subtract(factors[name].keys())
             chosen.add(name)
     return chosen
+
+
+def _built(forms: Sequence[Form]) -> Built | Materialized:
+    """Returns one parameter's gradients, all uses added up."""
+    if _is_built_by_sample(forms):
+        return build([(form.left_BTP, form.right_BTD) for form in forms if isinstance(form, OuterProduct)])
+    return Materialized(sum_dense(forms))
+
+
+def _is_built_by_sample(forms: Sequence[Form]) -> bool:
+    """Whether each sample's gradient gets memory of its own, see ``Built``; a GPU wants few large products."""
+    return all(isinstance(form, OuterProduct) and form.left_BTP.device.type == "cpu" for form in forms)
 
 
 def _distinct_factors(forms: Sequence[Form]) -> dict[tuple[int, torch.Size], int]:
@@ -154,11 +171,13 @@ def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
     grams, rough, chosen = GramCache(), {}, what_is_built(forms_by_name)
     for name, forms in forms_by_name.items():
         if name in chosen:
-            forms_by_name[name] = [Materialized(sum_dense(forms))]
+            forms_by_name[name] = [_built(forms)]
         rough[name] = bound_squared_norms(forms_by_name[name], grams)
     squares = {name: bound.bounds_B for name, bound in rough.items()}
     # What is stored cannot cancel. The others are asked all at once, so that a device waits once.
-    doubtful = [name for name, forms in forms_by_name.items() if not isinstance(forms[0], Materialized)]
+    doubtful = [
+        name for name, forms in forms_by_name.items() if not isinstance(forms[0], Built | Materialized)
+    ]
     if doubtful:
         cancelled = torch.stack([rough[name].cancelled_B.any() for name in doubtful]).tolist()
         for name in itertools.compress(doubtful, cancelled):

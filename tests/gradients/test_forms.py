@@ -9,6 +9,7 @@ import torch
 
 from dp_trainer.gradients import forms as forms_module
 from dp_trainer.gradients import measures, planner
+from dp_trainer.gradients.built import Built, build
 from dp_trainer.gradients.forms import (
     Materialized,
     OuterProduct,
@@ -36,6 +37,7 @@ def _forms(positions: int = T):
         "rows": RowScatter(rows, _normal(B, positions, D), P),
         "rows-few": RowScatter(rows[:, :3], _normal(B, 3, D), P),
         "stored": Materialized(_normal(B, P, D)),
+        "built": Built([_normal(P, D) for _ in range(B)]),
     }
 
 
@@ -60,7 +62,8 @@ def test_inner_product_of_any_two_forms(first, second):
 
 
 @pytest.mark.parametrize(
-    "names", [("outer", "rows"), ("outer", "outer-short", "rows-few", "stored"), ("rows",)]
+    "names",
+    [("outer", "rows"), ("outer", "outer-short"), ("outer", "outer-short", "rows-few", "stored"), ("rows",)],
 )
 @pytest.mark.parametrize("cost", [1e12, 0], ids=["ghost", "built"])
 def test_both_ways_to_a_norm_agree(names, cost, monkeypatch):
@@ -71,7 +74,7 @@ def test_both_ways_to_a_norm_agree(names, cost, monkeypatch):
     forms_by_name = {"weight": list(forms)}
     squares = planner.squared_norms(forms_by_name)["weight"]
     kept = forms_by_name["weight"]
-    assert isinstance(kept[0], Materialized) == (cost == 0 and "outer" in names)
+    assert isinstance(kept[0], Built | Materialized) == (cost == 0 and "outer" in names)
     torch.testing.assert_close(squares, dense.flatten(1).square().sum(1))
     torch.testing.assert_close(sum_squared_norms(forms), dense.flatten(1).square().sum(1))
     factors = torch.tensor([0.5, 3.0, 2.0], dtype=torch.float64)
@@ -117,7 +120,7 @@ def test_a_projections_input_is_measured_once(monkeypatch):
     assert len(made) == 3 + 1
 
 
-@pytest.mark.parametrize("name", [name for name in _forms() if name != "stored"])
+@pytest.mark.parametrize("name", [name for name in _forms() if name not in ("stored", "built")])
 def test_the_spread_is_the_sum_of_the_terms_norms(name):
     form = _forms()[name]
     norms = form.values_BTD.norm(dim=2) if name.startswith("rows") else None
@@ -137,14 +140,44 @@ def test_cross_terms_matter():
 def test_a_dropped_sample_leaves_no_trace(name, poison):
     form = _forms()[name]
     clean = form.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
-    for tensor in vars(form).values():
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            tensor[1] = poison
+    for value in vars(form).values():
+        if isinstance(value, list) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            value[1][:] = poison
     assert not torch.isfinite(form.measure().squares_B[1])
     assert torch.isfinite(form.measure().squares_B[[0, 2]]).all()
     kept = form.select(torch.tensor([True, False, True]))
     summed = kept.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
     torch.testing.assert_close(summed, clean)
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 2])
+def test_built_gradients_may_be_dropped_in_any_place(dropped):
+    form, keep = _forms()["built"], torch.ones(B, dtype=torch.bool)
+    keep[dropped] = False
+    before = form.dense()
+    summed = form.select(keep).weighted_sum(torch.ones(B, dtype=torch.float64), None)
+    torch.testing.assert_close(summed, before[keep].sum(0))
+    assert torch.equal(form.dense(), before)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((torch.float64, torch.float64), torch.float64),
+        ((torch.float32, torch.float64), torch.float64),
+        ((torch.float32, torch.bfloat16), torch.float32),
+        ((torch.float16, torch.float16), torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [(T,), (T, 3), (1, 7, T)], ids=str)
+def test_gradients_are_built_for_each_sample_in_memory_of_its_own(dtypes, expected, lengths):
+    uses = [(_normal(B, t, P, dtype=dtypes[0]), _normal(B, t, D, dtype=dtypes[1])) for t in lengths]
+    form = build(uses)
+    exact = sum(torch.einsum("btp,btd->bpd", left.double(), right.double()) for left, right in uses)
+    torch.testing.assert_close(form.dense(), exact.to(expected))
+    assert {own.untyped_storage().nbytes() for own in form.gradients} == {P * D * expected.itemsize}
+    assert len({own.data_ptr() for own in form.gradients}) == B
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
