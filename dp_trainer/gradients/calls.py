@@ -14,9 +14,10 @@ from torch.overrides import resolve_name
 
 from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.derived import Derived
-from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.forms import Form
 from dp_trainer.gradients.layouts import AxisLayout, Layout, RowLayout, sample_major
 from dp_trainer.gradients.rules.base import FormMaker
+from dp_trainer.gradients.stored import Materialized
 
 
 class Recorder(Protocol):

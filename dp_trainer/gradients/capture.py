@@ -28,13 +28,14 @@ from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.calls import CapturedCall, refusal
 from dp_trainer.gradients.checkpointing import recomputation_under
 from dp_trainer.gradients.derived import Derived, Link, to_parameters
-from dp_trainer.gradients.forms import Form, Materialized
+from dp_trainer.gradients.forms import Form
 from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
 from dp_trainer.gradients.rules import OPERATION_RULES
 from dp_trainer.gradients.sharding import gathered_parameters, put_to_rest
 from dp_trainer.gradients.slots import SlottedOuterProduct, join
+from dp_trainer.gradients.stored import Materialized
 
 # What asks a tensor about itself: most calls in a forward pass, and none holds values.
 _QUESTIONS = frozenset(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dp_trainer.errors import UnsupportedOperationError
-from dp_trainer.gradients.forms import Form, Materialized, OuterProduct, RowScatter
+from dp_trainer.gradients.forms import Form, OuterProduct, RowScatter
 from dp_trainer.gradients.slots import SlottedOuterProduct
+from dp_trainer.gradients.stored import Materialized
 
 
 class Link(enum.Enum):

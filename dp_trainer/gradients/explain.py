@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from dp_trainer.batches import micro_batch_size
-from dp_trainer.gradients.built import Built
 from dp_trainer.gradients.capture import capture
-from dp_trainer.gradients.forms import Form, Materialized, OuterProduct
+from dp_trainer.gradients.forms import Form, OuterProduct
 from dp_trainer.gradients.independence import repeatable
 from dp_trainer.gradients.parts import MicroBatch, PerSampleLoss
 from dp_trainer.gradients.planner import (
@@ -23,6 +22,7 @@ from dp_trainer.gradients.planner import (
     settle,
     what_is_built,
 )
+from dp_trainer.gradients.stored import Materialized, MaterializedInBlocks
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def explain(model: nn.Module, micro_batch: MicroBatch, *, per_sample_loss: PerSa
     for name, forms in forms_by_name.items():
         first, settled = made.get(name, (forms[0], forms[0]))
         used = [settled] if name in made else forms
-        built = isinstance(settled, Built | Materialized) and isinstance(first, OuterProduct)
+        built = isinstance(settled, Materialized | MaterializedInBlocks) and isinstance(first, OuterProduct)
         choices[_describe([first] if name in made else forms, used, built=built or name in chosen)] += 1
     lines = [
         f"strategy for this micro-batch of {micro_batch_size(micro_batch)}: {choose_strategy(model, micro_batch)}",

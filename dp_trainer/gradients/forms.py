@@ -1,7 +1,7 @@
 """What one parameter's per-sample gradients are made of, and all mathematics on them.
 
 An operation rule never computes with gradients: it returns a form. Five forms
-(one in ``slots.py``, one in ``built.py``) cover every use of a parameter, and norms, inner products and weighted sums are
+(one in ``slots.py``, two in ``stored.py``) cover every use of a parameter, and norms, inner products and weighted sums are
 written here once, in float32 at least, whatever the dtype of the tensors.
 
 Norms never fall below the true ones. A Gram product sums terms as large as the
@@ -29,7 +29,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dp_trainer.gradients.built import Built
 from dp_trainer.gradients.measures import (
     ROUNDING_OF_WEIGHTS,
     GramCache,
@@ -43,6 +42,7 @@ from dp_trainer.gradients.measures import (
     zero_dropped,
 )
 from dp_trainer.gradients.slots import SlottedOuterProduct
+from dp_trainer.gradients.stored import Materialized, MaterializedInBlocks
 
 # Rounding of a sum of products, in units of the last place of its largest term.
 _ROUNDING = 4.0
@@ -160,42 +160,7 @@ class RowScatter:
         return total.index_add_(0, self.rows_BT.flatten(), values.flatten(0, 1).to(total.dtype))
 
 
-@dataclass(frozen=True, eq=False)
-class Materialized:
-    """Sample b's gradient is stored: ``gradients[b]``, of the parameter's shape."""
-
-    gradients_BK: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        """The parameter's shape, any number of axes."""
-        return self.gradients_BK.shape[1:]
-
-    def dense(self) -> Tensor:
-        """Returns the gradients themselves, (B, …)."""
-        return wide(self.gradients_BK)
-
-    def measure(self, _grams: GramCache | None = None) -> Measure:
-        """Returns ‖gradient‖² and no spread: what is stored is what will be summed, so nothing cancels."""
-        norms_B = torch.linalg.vector_norm(self._flat(), dim=1)
-        return Measure(norms_B.square(), torch.zeros_like(norms_B))
-
-    def select(self, keep_B: Tensor) -> Materialized:
-        """Returns the form with exact zeros for samples that are not kept."""
-        return Materialized(zero_dropped(self.gradients_BK, keep_B))
-
-    def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
-        """Returns ``total + Σ_b factors[b] · gradient[b]``; writes into ``total`` if given."""
-        gradients = self._flat()
-        summed = (factors_B.to(gradients.dtype) @ gradients).view(self.shape)
-        return summed if total is None else total.add_(summed)
-
-    def _flat(self) -> Tensor:
-        """The gradients as rows, (B, number of elements); a scalar parameter has one."""
-        return wide(self.gradients_BK).reshape(self.gradients_BK.shape[0], -1)
-
-
-Form: TypeAlias = OuterProduct | RowScatter | Materialized | Built | SlottedOuterProduct
+Form: TypeAlias = OuterProduct | RowScatter | Materialized | MaterializedInBlocks | SlottedOuterProduct
 
 
 def inner_products(first: Form, second: Form) -> Tensor:

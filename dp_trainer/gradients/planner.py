@@ -20,11 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dp_trainer.batches import micro_batch_size
-from dp_trainer.gradients.built import Built, build
 from dp_trainer.gradients.checkpointing import saves_memory
 from dp_trainer.gradients.forms import (
     Form,
-    Materialized,
     OuterProduct,
     bound_squared_norms,
     closer_bounds,
@@ -33,6 +31,7 @@ from dp_trainer.gradients.forms import (
 from dp_trainer.gradients.measures import GramCache, accumulation_dtype
 from dp_trainer.gradients.parts import full_precision
 from dp_trainer.gradients.sharding import is_sharded
+from dp_trainer.gradients.stored import Materialized, MaterializedInBlocks, build_in_blocks
 
 # What touching one element of a built gradient costs, in multiplications of a matrix product: it is written
 # once and read twice. Measured on two CPUs: building wins from T ≈ 180 at P = D = 768.
@@ -43,9 +42,9 @@ _COST_OF_A_WHOLE_ELEMENT = 60
 _SHARE_OF_A_GRAM = 0.6
 # Gradients built after the backward pass may take so much more memory than the factors of all parameters.
 _LARGEST_GROWTH = 0.25
-# The same where they are built sample by sample, on a CPU: then they fit into the gaps that the backward pass
-# left in the heap, some 200 MB beside 430 MB of factors for ViT-small.
-_LARGEST_GROWTH_BY_SAMPLE = 0.5
+# The same where they are built in blocks, on a CPU: these fit into the gaps that the backward pass left in the
+# heap, some 200 MB beside 430 MB of factors for ViT-small.
+_LARGEST_GROWTH_IN_BLOCKS = 0.5
 # As many uses share an input, as a rule at most: queries, keys and values.
 _USES_OF_AN_INPUT = 3
 # A sample of so many positions keeps a CPU busy by itself: several at a time take more memory and no less time.
@@ -92,10 +91,10 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     chosen, taken = set(), 0
     for name in sorted(candidates, key=lambda name: growth(name) / savings[name]):
         forms, added = forms_by_name[name], growth(name)
-        by_sample = _is_built_by_sample(forms)
+        in_blocks = _is_built_in_blocks(forms)
         # Where several uses are not added up in place, that takes a second and a third copy for that moment.
-        copies = 2 * _built_bytes(forms) if len(forms) > 1 and not by_sample else 0
-        if taken + added + copies <= kept * (_LARGEST_GROWTH_BY_SAMPLE if by_sample else _LARGEST_GROWTH):
+        copies = 2 * _built_bytes(forms) if len(forms) > 1 and not in_blocks else 0
+        if taken + added + copies <= kept * (_LARGEST_GROWTH_IN_BLOCKS if in_blocks else _LARGEST_GROWTH):
             # What is freed is not given to others, which may be built before.
             taken += max(0, added)
             users.subtract(factors[name].keys())
@@ -103,15 +102,16 @@ def what_is_built(forms_by_name: Mapping[str, Sequence[Form]]) -> set[str]:
     return chosen
 
 
-def _built(forms: Sequence[Form]) -> Built | Materialized:
+def _built(forms: Sequence[Form]) -> Materialized | MaterializedInBlocks:
     """Returns one parameter's gradients, all uses added up."""
-    if _is_built_by_sample(forms):
-        return build([(form.left_BTP, form.right_BTD) for form in forms if isinstance(form, OuterProduct)])
+    if _is_built_in_blocks(forms):
+        outer = [form for form in forms if isinstance(form, OuterProduct)]
+        return build_in_blocks([(form.left_BTP, form.right_BTD) for form in outer])
     return Materialized(sum_dense(forms))
 
 
-def _is_built_by_sample(forms: Sequence[Form]) -> bool:
-    """Whether each sample's gradient gets memory of its own, see ``Built``; a GPU wants few large products."""
+def _is_built_in_blocks(forms: Sequence[Form]) -> bool:
+    """Whether gradients are built a few samples at a time: not on a GPU, which wants few large products."""
     return all(isinstance(form, OuterProduct) and form.left_BTP.device.type == "cpu" for form in forms)
 
 
@@ -176,7 +176,9 @@ def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
     squares = {name: bound.bounds_B for name, bound in rough.items()}
     # What is stored cannot cancel. The others are asked all at once, so that a device waits once.
     doubtful = [
-        name for name, forms in forms_by_name.items() if not isinstance(forms[0], Built | Materialized)
+        name
+        for name, forms in forms_by_name.items()
+        if not isinstance(forms[0], Materialized | MaterializedInBlocks)
     ]
     if doubtful:
         cancelled = torch.stack([rough[name].cancelled_B.any() for name in doubtful]).tolist()

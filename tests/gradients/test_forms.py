@@ -9,9 +9,7 @@ import torch
 
 from dp_trainer.gradients import forms as forms_module
 from dp_trainer.gradients import measures, planner
-from dp_trainer.gradients.built import Built, build
 from dp_trainer.gradients.forms import (
-    Materialized,
     OuterProduct,
     RowScatter,
     inner_products,
@@ -19,6 +17,7 @@ from dp_trainer.gradients.forms import (
 )
 from dp_trainer.gradients.measures import GramCache
 from dp_trainer.gradients.slots import SlottedOuterProduct
+from dp_trainer.gradients.stored import Materialized, MaterializedInBlocks, build_in_blocks
 
 B, T, P, D = 3, 150, 7, 5
 
@@ -37,7 +36,7 @@ def _forms(positions: int = T):
         "rows": RowScatter(rows, _normal(B, positions, D), P),
         "rows-few": RowScatter(rows[:, :3], _normal(B, 3, D), P),
         "stored": Materialized(_normal(B, P, D)),
-        "built": Built([_normal(P, D) for _ in range(B)]),
+        "blocks": MaterializedInBlocks([Materialized(_normal(size, P, D)) for size in (1, B - 1)]),
     }
 
 
@@ -74,7 +73,7 @@ def test_both_ways_to_a_norm_agree(names, cost, monkeypatch):
     forms_by_name = {"weight": list(forms)}
     squares = planner.squared_norms(forms_by_name)["weight"]
     kept = forms_by_name["weight"]
-    assert isinstance(kept[0], Built | Materialized) == (cost == 0 and "outer" in names)
+    assert isinstance(kept[0], Materialized | MaterializedInBlocks) == (cost == 0 and "outer" in names)
     torch.testing.assert_close(squares, dense.flatten(1).square().sum(1))
     torch.testing.assert_close(sum_squared_norms(forms), dense.flatten(1).square().sum(1))
     factors = torch.tensor([0.5, 3.0, 2.0], dtype=torch.float64)
@@ -120,7 +119,7 @@ def test_a_projections_input_is_measured_once(monkeypatch):
     assert len(made) == 3 + 1
 
 
-@pytest.mark.parametrize("name", [name for name in _forms() if name not in ("stored", "built")])
+@pytest.mark.parametrize("name", [name for name in _forms() if name not in ("stored", "blocks")])
 def test_the_spread_is_the_sum_of_the_terms_norms(name):
     form = _forms()[name]
     norms = form.values_BTD.norm(dim=2) if name.startswith("rows") else None
@@ -140,24 +139,16 @@ def test_cross_terms_matter():
 def test_a_dropped_sample_leaves_no_trace(name, poison):
     form = _forms()[name]
     clean = form.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
-    for value in vars(form).values():
-        if isinstance(value, list) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            value[1][:] = poison
+    # The second sample is the first of the second block.
+    tensors = [form.blocks[1].gradients_BK] if name == "blocks" else vars(form).values()
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor[0 if name == "blocks" else 1] = poison
     assert not torch.isfinite(form.measure().squares_B[1])
     assert torch.isfinite(form.measure().squares_B[[0, 2]]).all()
     kept = form.select(torch.tensor([True, False, True]))
     summed = kept.weighted_sum(torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64), None)
     torch.testing.assert_close(summed, clean)
-
-
-@pytest.mark.parametrize("dropped", [0, 1, 2])
-def test_built_gradients_may_be_dropped_in_any_place(dropped):
-    form, keep = _forms()["built"], torch.ones(B, dtype=torch.bool)
-    keep[dropped] = False
-    before = form.dense()
-    summed = form.select(keep).weighted_sum(torch.ones(B, dtype=torch.float64), None)
-    torch.testing.assert_close(summed, before[keep].sum(0))
-    assert torch.equal(form.dense(), before)
 
 
 @pytest.mark.parametrize(
@@ -170,14 +161,21 @@ def test_built_gradients_may_be_dropped_in_any_place(dropped):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("lengths", [(T,), (T, 3), (1, 7, T)], ids=str)
-def test_gradients_are_built_for_each_sample_in_memory_of_its_own(dtypes, expected, lengths):
-    uses = [(_normal(B, t, P, dtype=dtypes[0]), _normal(B, t, D, dtype=dtypes[1])) for t in lengths]
-    form = build(uses)
+@pytest.mark.parametrize(
+    ("lengths", "sizes"), [((24,), [3, 1]), ((24, 9), [1] * 4), ((1, 7, 90), [1] * 4), ((90,), [4])], ids=str
+)
+def test_gradients_are_built_in_blocks_no_larger_than_a_factor_or_of_one_sample(
+    dtypes, expected, lengths, sizes
+):
+    """Factors of 24 positions have 960 and 2880 numbers, a sample's gradient has 300."""
+    uses = [(_normal(4, t, 30).to(dtypes[0]), _normal(4, t, 10).to(dtypes[1])) for t in lengths]
+    form = build_in_blocks(uses)
     exact = sum(torch.einsum("btp,btd->bpd", left.double(), right.double()) for left, right in uses)
     torch.testing.assert_close(form.dense(), exact.to(expected))
-    assert {own.untyped_storage().nbytes() for own in form.gradients} == {P * D * expected.itemsize}
-    assert len({own.data_ptr() for own in form.gradients}) == B
+    if dtypes[0] == dtypes[1] == expected:
+        assert [len(block.gradients_BK) for block in form.blocks] == sizes
+    places = {block.gradients_BK.untyped_storage().data_ptr() for block in form.blocks}
+    assert len(places) == len(form.blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,9 +12,9 @@ from torch import nn
 
 from dp_trainer import AutomaticClipping, FlatClipping
 from dp_trainer.gradients import book_keeping, measures, planner
-from dp_trainer.gradients.built import Built
 from dp_trainer.gradients.explain import explain
-from dp_trainer.gradients.forms import Materialized, OuterProduct, RowScatter, sum_squared_norms
+from dp_trainer.gradients.forms import OuterProduct, RowScatter, sum_squared_norms
+from dp_trainer.gradients.stored import Materialized, MaterializedInBlocks
 from dp_trainer.gradients.strategies import clipped_gradient_sum
 from dp_trainer.losses import per_sample_loss_for
 
@@ -49,7 +49,7 @@ def test_built_at_once_or_later_or_not_the_result_is_the_same(case, monkeypatch)
         monkeypatch.setattr(planner, "_COST_OF_A_BUILT_ELEMENT", cost)
         monkeypatch.setattr(planner, "_USES_OF_AN_INPUT", uses_of_an_input)
         monkeypatch.setattr(planner, "_LARGEST_GROWTH", 1e12)
-        monkeypatch.setattr(planner, "_LARGEST_GROWTH_BY_SAMPLE", 1e12)
+        monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_BLOCKS", 1e12)
 
         def spy(forms_by_name, kinds=kinds):
             squares = plain(forms_by_name)
@@ -145,23 +145,23 @@ def _uses(number, positions, left, right, *, shared=False):
     }
 
 
-@pytest.mark.parametrize(("by_sample", "number"), [(True, 21), (False, 10)])
-def test_built_gradients_are_as_many_as_memory_allows(by_sample, number, monkeypatch):
+@pytest.mark.parametrize(("in_blocks", "number"), [(True, 21), (False, 10)])
+def test_built_gradients_are_as_many_as_memory_allows(in_blocks, number, monkeypatch):
     """Each takes 1.56 times the memory of its factors; together they may take 1.5 or 1.25 times that of all."""
-    monkeypatch.setattr(planner, "_is_built_by_sample", lambda forms: by_sample)
+    monkeypatch.setattr(planner, "_is_built_in_blocks", lambda forms: in_blocks)
     assert len(planner.what_is_built(_uses(24, 197, 1536, 384))) == number
 
 
 def test_what_is_built_in_one_piece_has_less_room_beside_what_is_not(monkeypatch):
     """The same forms, of which one is said to be built for all samples at once: it comes too late, or not at all."""
     forms = _uses(24, 197, 1536, 384)
-    monkeypatch.setattr(planner, "_is_built_by_sample", lambda own: own is not forms["20"])
+    monkeypatch.setattr(planner, "_is_built_in_blocks", lambda own: own is not forms["20"])
     assert planner.what_is_built(forms) == {str(k) for k in range(22) if k != 20}
 
 
-def test_a_cpu_builds_each_sample_by_itself_and_a_gpu_all_at_once():
+def test_a_cpu_builds_in_blocks_and_a_gpu_all_at_once():
     outer, table = _outer(8), RowScatter(torch.zeros(B, 4, dtype=torch.long), torch.randn(B, 4, 8), 8)
-    assert isinstance(planner._built([outer, outer]), Built)
+    assert isinstance(planner._built([outer, outer]), MaterializedInBlocks)
     assert isinstance(planner._built([outer, table]), Materialized)
     elsewhere = OuterProduct(outer.left_BTP.to("meta"), outer.right_BTD.to("meta"))
     assert isinstance(planner._built([elsewhere]), Materialized)
@@ -170,16 +170,16 @@ def test_a_cpu_builds_each_sample_by_itself_and_a_gpu_all_at_once():
 def test_those_come_first_that_save_most_time_for_their_memory(monkeypatch):
     """Building saves 17 million multiplications for 0.29 MB, and 25 million for 0.85 MB."""
     forms = {"wide": _uses(1, 197, 1536, 384)["0"]} | _uses(4, 197, 384, 384, shared=True)
-    monkeypatch.setattr(planner, "_LARGEST_GROWTH_BY_SAMPLE", 0.3)
+    monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_BLOCKS", 0.3)
     assert planner.what_is_built(forms) == {"0", "1", "2", "3"}
 
 
 def test_an_input_that_others_need_is_not_free(monkeypatch):
     """Three 384 × 384 gradients take less than six factors of 197 positions, and more than four."""
-    monkeypatch.setattr(planner, "_LARGEST_GROWTH_BY_SAMPLE", 0.2)
+    monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_BLOCKS", 0.2)
     assert len(planner.what_is_built(_uses(3, 197, 384, 384))) == 3
     assert not planner.what_is_built(_uses(3, 197, 384, 384, shared=True))
-    monkeypatch.setattr(planner, "_LARGEST_GROWTH_BY_SAMPLE", 0.6)
+    monkeypatch.setattr(planner, "_LARGEST_GROWTH_IN_BLOCKS", 0.6)
     assert len(planner.what_is_built(_uses(3, 197, 384, 384, shared=True))) == 3
 
 
@@ -203,7 +203,7 @@ def test_what_adding_up_takes_must_fit_as_well(monkeypatch):
     uses = [OuterProduct(torch.randn(1, 200, 1000), torch.randn(1, 200, 1000)) for _ in range(2)]
     forms = {"shared": uses} | _uses(2, 100, 3000, 700)
     assert planner.what_is_built(forms) == {"shared"}
-    monkeypatch.setattr(planner, "_is_built_by_sample", lambda forms: False)
+    monkeypatch.setattr(planner, "_is_built_in_blocks", lambda forms: False)
     assert not planner.what_is_built(forms)
     roomy = forms | {"long": _uses(1, 800, 9000, 700)["0"]}
     assert planner.what_is_built(roomy) == {"shared", "long"}

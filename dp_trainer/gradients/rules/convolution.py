@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.rules.base import Call, operation_rule
+from dp_trainer.gradients.stored import Materialized
 
 _FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized
 from dp_trainer.gradients.rules.base import Call, FormMaker, operation_rule
 from dp_trainer.gradients.slots import SlottedOuterProduct
+from dp_trainer.gradients.stored import Materialized
 
 
 def grouped_product(

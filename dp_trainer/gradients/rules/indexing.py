@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized, RowScatter
+from dp_trainer.gradients.forms import RowScatter
 from dp_trainer.gradients.rules.base import Call, operation_rule
+from dp_trainer.gradients.stored import Materialized
 
 
 @operation_rule(Tensor.__getitem__)

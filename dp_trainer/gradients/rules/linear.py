@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized, OuterProduct
+from dp_trainer.gradients.forms import OuterProduct
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.rules.base import Call, operation_rule
 from dp_trainer.gradients.rules.experts import batched_product
+from dp_trainer.gradients.stored import Materialized
 
 
 @operation_rule(F.linear)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dp_trainer.gradients.forms import Materialized
 from dp_trainer.gradients.measures import accumulation_dtype
 from dp_trainer.gradients.rules.base import Call, FormMaker, operation_rule
+from dp_trainer.gradients.stored import Materialized
 
 
 @operation_rule(F.layer_norm)
