@@ -104,15 +104,17 @@ def add_squares(squares_by_name: dict[str, Tensor], losses_B: Tensor) -> Tensor:
     Raises:
         UnsupportedOperationError: If a parameter's gradient has another number of samples.
     """
-    total_B = torch.zeros_like(losses_B, dtype=accumulation_dtype(losses_B))
     for name, squares_B in squares_by_name.items():
-        if squares_B.shape != total_B.shape:
+        if squares_B.shape != losses_B.shape:
             raise UnsupportedOperationError(
-                f"{name}: its gradient has {squares_B.shape[0]} samples instead of {total_B.shape[0]}. Freeze it "
+                f"{name}: its gradient has {squares_B.shape[0]} samples instead of {losses_B.shape[0]}. Freeze it "
                 "or set strategy='loop'."
             )
-        total_B = total_B + squares_B
-    return total_B
+    squares = list(squares_by_name.values())
+    dtype = accumulation_dtype(losses_B, *squares)
+    if not squares:
+        return torch.zeros_like(losses_B, dtype=dtype)
+    return torch.stack([squares_B.to(dtype) for squares_B in squares]).sum(0)
 
 
 def _add_clipped(

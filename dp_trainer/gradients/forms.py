@@ -78,18 +78,22 @@ class OuterProduct:
             norms_B = torch.linalg.vector_norm(wide(left)[:, 0], dim=1)
             norms_B = norms_B * torch.linalg.vector_norm(wide(self.right_BTD)[:, 0], dim=1)
             return Measure(norms_B.square(), norms_B)
-        dtype = accumulation_dtype(left, self.right_BTD)
-        squares_B = left.new_zeros(left.shape[0], dtype=dtype)
-        spreads_B = torch.zeros_like(squares_B)
+        if not left.shape[1]:
+            zeros_B = left.new_zeros(left.shape[0], dtype=accumulation_dtype(left, self.right_BTD))
+            return Measure(zeros_B, zeros_B)
+        squares: list[Tensor] = []
+        spreads: list[Tensor] = []
         grams = GramCache() if grams is None else grams
         for left_BXS, right_BXS in zip(gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
             products_BXS = left_BXS.mul_(right_BXS)
             start = products_BXS.shape[2] - products_BXS.shape[1]
-            # Both Gram matrices are symmetric: what lies left of the diagonal block counts twice.
-            squares_B += 2 * products_BXS[:, :, :start].sum((1, 2)) + products_BXS[:, :, start:].sum((1, 2))
+            squares.append(products_BXS[:, :, start:].sum((1, 2)))
+            if start:
+                # Both Gram matrices are symmetric: what lies left of the diagonal block counts twice.
+                squares.append(2 * products_BXS[:, :, :start].sum((1, 2)))
             # On the diagonal stands (‖left[t]‖ ‖right[t]‖)².
-            spreads_B += products_BXS[:, :, start:].diagonal(dim1=1, dim2=2).sqrt().sum(1)
-        return Measure(squares_B, spreads_B)
+            spreads.append(products_BXS[:, :, start:].diagonal(dim1=1, dim2=2).sqrt().sum(1))
+        return Measure(functools.reduce(torch.add, squares), functools.reduce(torch.add, spreads))
 
     def select(self, keep_B: Tensor) -> OuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -101,8 +105,7 @@ class OuterProduct:
 
     def weighted_sum(self, factors_B: Tensor, total: Tensor | None) -> Tensor:
         """Returns ``total + Σ_b factors[b] · gradient[b]``, (P, D); writes into ``total`` if given."""
-        weights_X = factors_B.repeat_interleave(self.left_BTP.shape[1])
-        return weighted_product(self.left_BTP.flatten(0, 1), self.right_BTD.flatten(0, 1), weights_X, total)
+        return weighted_product(self.left_BTP, self.right_BTD, factors_B, total)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +201,10 @@ def inner_products(first: Form, second: Form) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SquaredNorms:
-    """What is known of ‖Σ of all forms‖² of one parameter, per sample.
+    """What is known of ‖Σ of all forms‖² of one parameter, per sample; of several together with an axis before B.
+
+    Guarantee: a bound is at least the squared norm of what ``weighted_sum`` adds for a
+    factor of one, rounding included. NaN stays NaN.
 
     Args:
         bounds_B: Not below the true squares, (B,).
@@ -211,45 +217,59 @@ class SquaredNorms:
     cancelled_B: Tensor
 
 
-def bound_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> SquaredNorms:
-    """Returns ‖Σ of all forms‖² of one parameter per sample, rounded up.
+def measure_uses(forms: Sequence[Form], grams: GramCache | None = None) -> Measure:
+    """Returns ‖Σ of all forms‖² of one parameter per sample, up to cancellation, and the spread.
 
     A shared parameter's gradients add up before the norm, so every pair of uses
     contributes its cross term.
-
-    Guarantee: at least the squared norm of what ``weighted_sum`` adds for a
-    factor of one, rounding included. NaN stays NaN.
 
     Args:
         forms: The parameter's uses.
         grams: Gram matrices that may serve again.
     """
     measures = [form.measure(grams) for form in forms]
+    if len(measures) == 1:
+        return measures[0]
     total_B = functools.reduce(torch.add, (measure.squares_B for measure in measures))
-    spread_B = functools.reduce(torch.add, (measure.spreads_B for measure in measures))
     for first, second in itertools.combinations(forms, 2):
         total_B = total_B + 2 * inner_products(first, second)
-    unit = torch.finfo(total_B.dtype).eps
-    squared_spread_B = spread_B.square()
-    bounds_B = total_B.clamp(min=0) + _rounding(forms) * unit * squared_spread_B
-    return SquaredNorms(bounds_B, spread_B, total_B < _TRUSTED * unit * squared_spread_B)
+    # A stored gradient has one term, which the other uses' may cancel.
+    spreads = (m.squares_B.sqrt() if m.spreads_B is None else m.spreads_B for m in measures)
+    return Measure(total_B, functools.reduce(torch.add, spreads))
+
+
+def round_up(squares: Tensor, spreads: Tensor, rounding: float) -> SquaredNorms:
+    """Returns bounds of squares that are known up to cancellation, of one parameter or several together.
+
+    Args:
+        squares: As in ``Measure``, (…, B).
+        spreads: The same.
+        rounding: ``rounding_of`` these parameters' uses.
+    """
+    unit = torch.finfo(squares.dtype).eps
+    squared_spreads = spreads.square()
+    bounds = squares.clamp(min=0) + rounding * unit * squared_spreads
+    return SquaredNorms(bounds, spreads, squares < _TRUSTED * unit * squared_spreads)
 
 
 def closer_bounds(forms: Sequence[Form], rough: SquaredNorms) -> Tensor:
     """Returns the bounds (B,) of ``rough``, from built gradients where terms cancelled."""
     unit = torch.finfo(rough.bounds_B.dtype).eps
     built_B = torch.linalg.vector_norm(sum_dense(forms).flatten(1), dim=1)
-    closer_B = (built_B + _rounding(forms) * unit * rough.spreads_B).square()
+    closer_B = (built_B + rounding_of(forms) * unit * rough.spreads_B).square()
     return torch.where(rough.cancelled_B, closer_B, rough.bounds_B)
 
 
 def sum_squared_norms(forms: Sequence[Form], grams: GramCache | None = None) -> Tensor:
-    """Returns the squared norms (B,) of one parameter's gradients: ``bound_squared_norms``, closer where needed."""
-    rough = bound_squared_norms(forms, grams)
+    """Returns bounds (B,) of one parameter's squared norms: ``round_up``, closer where needed."""
+    measure = measure_uses(forms, grams)
+    if measure.spreads_B is None:
+        return measure.squares_B
+    rough = round_up(measure.squares_B, measure.spreads_B, rounding_of(forms))
     return closer_bounds(forms, rough) if bool(rough.cancelled_B.any()) else rough.bounds_B
 
 
-def _rounding(forms: Sequence[Form]) -> float:
+def rounding_of(forms: Sequence[Form]) -> float:
     """Rounding in units of the last place: of a sum of products, and of weights where they are split."""
     split = any(
         isinstance(form, OuterProduct) and splits_weights(form.left_BTP, form.right_BTD) for form in forms

@@ -12,19 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of a Gram matrix computed at a time: enough for full matmul speed, small
-# enough that skipping the upper triangle pays.
+# Rows of a Gram matrix computed at a time. On a CPU: enough for full matmul speed, small enough that skipping the
+# upper triangle pays. Elsewhere a block costs several launches, which 64 rows would not be worth (an estimate).
 _GRAM_BLOCK = 64
+_GRAM_BLOCK_OFF_CPU = 512
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype for norms and sums: float32, or float64 where the tensors are float64."""
-    return functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+    return _promoted(*(tensor.dtype for tensor in tensors))
+
+
+@functools.cache
+def _promoted(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype that holds these and float32; asked a thousand times a step, with few different arguments."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in its accumulation dtype."""
-    return tensor.to(accumulation_dtype(tensor))
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
 
 
 def batched_product(left_BXK: Tensor, right_BKY: Tensor) -> Tensor:
@@ -34,17 +41,18 @@ def batched_product(left_BXK: Tensor, right_BKY: Tensor) -> Tensor:
     return torch.bmm(wide(left_BXK), wide(right_BKY))
 
 
-def weighted_product(left_XP: Tensor, right_XD: Tensor, weights_X: Tensor, total: Tensor | None) -> Tensor:
-    """Returns ``total + Σ_x weights[x] · left[x] ⊗ right[x]``, (P, D); writes into ``total`` if given.
+def weighted_product(left_BTP: Tensor, right_BTD: Tensor, factors_B: Tensor, total: Tensor | None) -> Tensor:
+    """Returns ``total + Σ_b,t factors[b] · left[b, t] ⊗ right[b, t]``, (P, D); writes into ``total`` if given.
 
     Guarantee: products and sums are in the accumulation dtype, and so are weighted
     rows; only where ``splits_weights`` are these ``ROUNDING_OF_WEIGHTS`` times as coarse.
     """
     # The narrower factor is scaled: less memory, less work.
-    left_is_scaled = left_XP.shape[1] < right_XD.shape[1]
-    scaled, other = (left_XP, right_XD) if left_is_scaled else (right_XD, left_XP)
-    exact = wide(scaled) * weights_X.to(accumulation_dtype(scaled))[:, None]
-    if splits_weights(left_XP, right_XD):
+    left_is_scaled = left_BTP.shape[2] < right_BTD.shape[2]
+    scaled, kept = (left_BTP, right_BTD) if left_is_scaled else (right_BTD, left_BTP)
+    exact = (wide(scaled) * factors_B.to(accumulation_dtype(scaled))[:, None, None]).flatten(0, 1)
+    other = kept.flatten(0, 1)
+    if splits_weights(left_BTP, right_BTD):
         # The fast units take bfloat16 only, of fewer digits: the rest goes through them as well.
         pieces = split_in_halves(exact)
         exact, other = torch.cat(pieces), torch.cat([other] * len(pieces))
@@ -87,11 +95,11 @@ class Measure:
     Args:
         squares_B: ‖gradient‖² up to cancellation, (B,).
         spreads_B: Σ of the norms of the terms that add up to the gradient, (B,):
-            what cancellation is measured against. Zero where nothing can cancel.
+            what cancellation is measured against. None for one stored gradient, where nothing can cancel.
     """
 
     squares_B: Tensor
-    spreads_B: Tensor
+    spreads_B: Tensor | None
 
 
 class GramCache:
@@ -125,8 +133,9 @@ def gram_blocks(factor_BTD: Tensor) -> Iterator[Tensor]:
     """Yields the lower triangle of factor @ factorᵀ in blocks of rows, each (B, rows, columns up to them)."""
     if not _has_wide_sums(factor_BTD, factor_BTD):
         factor_BTD = wide(factor_BTD)  # once, not for each block
-    for start in range(0, factor_BTD.shape[1], _GRAM_BLOCK):
-        stop = start + _GRAM_BLOCK
+    rows = _GRAM_BLOCK if factor_BTD.device.type == "cpu" else _GRAM_BLOCK_OFF_CPU
+    for start in range(0, factor_BTD.shape[1], rows):
+        stop = start + rows
         yield batched_product(factor_BTD[:, start:stop], factor_BTD[:, :stop].mT)
 
 

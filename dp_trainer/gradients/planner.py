@@ -11,8 +11,7 @@ Axes: B sample, T position, P first weight axis, D second.
 
 from __future__ import annotations
 
-import itertools
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,8 +23,11 @@ from dp_trainer.gradients.checkpointing import saves_memory
 from dp_trainer.gradients.forms import (
     Form,
     OuterProduct,
-    bound_squared_norms,
+    SquaredNorms,
     closer_bounds,
+    measure_uses,
+    round_up,
+    rounding_of,
     sum_dense,
 )
 from dp_trainer.gradients.measures import GramCache, accumulation_dtype
@@ -150,9 +152,10 @@ def without_unused_positions(form: Form) -> Form:
     """Returns an outer product without the positions where a factor is zero for all samples; others unchanged.
 
     A head that reads one position, as a classifier reads the first, leaves the
-    gradients of all others zero in the last layers.
+    gradients of all others zero in the last layers. Only on a CPU: elsewhere the
+    question would wait for all that the device has to do, for every layer.
     """
-    if not isinstance(form, OuterProduct):
+    if not isinstance(form, OuterProduct) or form.left_BTP.device.type != "cpu":
         return form
     positions = form.left_BTP.shape[1]
     for factor_BTK in (form.left_BTP, form.right_BTD):
@@ -168,22 +171,26 @@ def without_unused_positions(form: Form) -> Form:
 
 def squared_norms(forms_by_name: dict[str, list[Form]]) -> dict[str, Tensor]:
     """Returns each parameter's squared norms (B,), and leaves the forms to sum in ``forms_by_name``."""
-    grams, rough, chosen = GramCache(), {}, what_is_built(forms_by_name)
+    grams, measures, chosen = GramCache(), {}, what_is_built(forms_by_name)
     for name, forms in forms_by_name.items():
         if name in chosen:
             forms_by_name[name] = [_built(forms)]
-        rough[name] = bound_squared_norms(forms_by_name[name], grams)
-    squares = {name: bound.bounds_B for name, bound in rough.items()}
-    # What is stored cannot cancel. The others are asked all at once, so that a device waits once.
-    doubtful = [
-        name
-        for name, forms in forms_by_name.items()
-        if not isinstance(forms[0], Materialized | MaterializedInBlocks)
-    ]
-    if doubtful:
-        cancelled = torch.stack([rough[name].cancelled_B.any() for name in doubtful]).tolist()
-        for name in itertools.compress(doubtful, cancelled):
-            squares[name] = closer_bounds(forms_by_name[name], rough[name])
+        measures[name] = measure_uses(forms_by_name[name], grams)
+    squares = {name: measure.squares_B for name, measure in measures.items()}
+    # Many parameters are rounded up in one go, and asked all at once, so that a device has little to start and waits once.
+    alike = defaultdict(list)
+    for name, measure in measures.items():
+        if measure.spreads_B is not None:
+            alike[measure.squares_B.shape, measure.squares_B.dtype, rounding_of(forms_by_name[name])].append(
+                name
+            )
+    for (*_, rounding), names in alike.items():
+        spreads = [spread for name in names if (spread := measures[name].spreads_B) is not None]
+        rough = round_up(torch.stack([squares[name] for name in names]), torch.stack(spreads), rounding)
+        squares |= zip(names, rough.bounds_B, strict=True)
+        for place in rough.cancelled_B.any(1).nonzero()[:, 0].tolist():
+            own = SquaredNorms(rough.bounds_B[place], rough.spreads_B[place], rough.cancelled_B[place])
+            squares[names[place]] = closer_bounds(forms_by_name[names[place]], own)
     return squares
 
 

@@ -33,6 +33,9 @@ def is_sharded(model: nn.Module) -> bool:
     """
     if isinstance(model, FSDPModule):
         return True
+    # Parameters are spread over a process group; without one the walk, several times a step, finds nothing.
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
     spread = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if spread is not None:
         raise UnsupportedOperationError(

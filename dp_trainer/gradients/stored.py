@@ -39,7 +39,7 @@ class Materialized:
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² and no spread: what is stored is what will be summed, so nothing cancels."""
         norms_B = torch.linalg.vector_norm(self._flat(), dim=1)
-        return Measure(norms_B.square(), torch.zeros_like(norms_B))
+        return Measure(norms_B.square(), None)
 
     def select(self, keep_B: Tensor) -> Materialized:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -53,7 +53,7 @@ class Materialized:
             # In one pass over the total: the sum by itself would be written and read once more.
             total.view(-1).addmv_(gradients.T, factors)
             return total
-        summed = (factors @ gradients).view(self.shape)
+        summed = torch.mv(gradients.T, factors).view(self.shape)
         return summed if total is None else total.add_(summed)
 
     def _flat(self) -> Tensor:
@@ -82,11 +82,7 @@ class MaterializedInBlocks:
 
     def measure(self, grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² and no spread, as for ``Materialized``."""
-        measures = [block.measure(grams) for block in self.blocks]
-        return Measure(
-            torch.cat([measure.squares_B for measure in measures]),
-            torch.cat([measure.spreads_B for measure in measures]),
-        )
+        return Measure(torch.cat([block.measure(grams).squares_B for block in self.blocks]), None)
 
     def select(self, keep_B: Tensor) -> MaterializedInBlocks:
         """Returns the form with exact zeros for samples that are not kept."""
