@@ -446,13 +446,22 @@ def test_calls_grow_with_layers(build):
     assert three - two == two - one > 10
 
 
+def test_operations_are_counted_without_views():
+    x = torch.ones(4, 6)
+    # A product, its sum over an axis and an addition; transposing and picking compute nothing.
+    assert overhead.count_operations(lambda: (x.T @ x)[0].sum() + x[1, 2]) == 3
+
+
 def test_the_overhead_of_a_call():
     found = overhead.Overhead(
-        model="m", calls=100, seconds={"private": [0.003, 0.004], "plain": [0.001, 0.002]}
+        model="m",
+        calls=100,
+        operations={"plain": 40, "private": 90},
+        seconds={"private": [0.003, 0.004], "plain": [0.001, 0.002]},
     )
     assert found.microseconds_a_call.middle == pytest.approx(20)
     text = overhead.page([found], {"x.shape, plain": [1e-6, 1e-6], "x.shape, watched": [3e-6, 3e-6]})
-    assert "| m | 100 | 1.50 | 3.50 |" in text
+    assert "| m | 100 | 40 | 90 | 1.50 | 3.50 |" in text
     assert "| `x.shape` | 1.00 (1.00 to 1.00) | 3.00 (3.00 to 3.00) |" in text
 
 

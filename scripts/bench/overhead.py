@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.cases import Case, small_gpt2, small_llama
 from bench.contenders import plain, private
@@ -39,11 +40,13 @@ class Overhead:
     Args:
         model: Its name.
         calls: Torch calls that the capture's function mode sees in one forward and backward.
+        operations: Tensor operations of the private and the plain step; a GPU starts each by itself.
         seconds: Of the private and the plain step, one a round.
     """
 
     model: str
     calls: int
+    operations: dict[str, int]
     seconds: Seconds
 
     @property
@@ -80,8 +83,31 @@ def model_task(*, model: str, rounds: int, name: str, bf16: bool) -> dict[str, A
     calls = count_calls(case, device)
     repeats = repeats_for(functools.partial(built["plain"].step, 1), ROUND_SECONDS, device)
     steps = {key: functools.partial(made.step, 1) for key, made in built.items()}
+    operations = {key: count_operations(step) for key, step in steps.items()}
     seconds = in_turns(steps, rounds=rounds, device=device, repeats=repeats)
-    return asdict(Overhead(model=model, calls=calls, seconds=seconds))
+    return asdict(Overhead(model=model, calls=calls, operations=operations, seconds=seconds))
+
+
+def count_operations(step: Callable[[], object]) -> int:
+    """Tensor operations that compute something: views and memory without values are left out."""
+    with _Operations() as counted:
+        step()
+    return counted.number
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        packet = func.overloadpacket.__name__
+        self.number += not (
+            func.is_view or packet.startswith(("empty", "new_empty", "promote_types", "_record_function"))
+        )
+        return func(*args, **(kwargs or {}))
 
 
 def count_calls(case: Case, device: Device) -> int:
@@ -138,6 +164,8 @@ def page(found: list[Overhead], bare: Seconds) -> str:
         (
             overhead.model,
             overhead.calls,
+            overhead.operations["plain"],
+            overhead.operations["private"],
             f"{1e3 * spread(overhead.seconds['plain']).middle:.2f}",
             f"{1e3 * spread(overhead.seconds['private']).middle:.2f}",
             ratios(overhead.seconds["private"], overhead.seconds["plain"]),
@@ -145,7 +173,8 @@ def page(found: list[Overhead], bare: Seconds) -> str:
         )
         for overhead in found
     ]
-    header = ("model", "calls seen", "plain ms", "private ms", "time / plain (quartiles)", "extra µs a call")
+    header = ("model", "calls seen", "operations, plain", "private", "plain ms", "private ms")
+    header += ("time / plain (quartiles)", "extra µs a call")
     text = f"Width {WIDTH}, {SAMPLES} samples of {LENGTH} tokens.\n\n{table(header, rows)}"
     names = [key.removesuffix(", plain") for key in bare if key.endswith(", plain")]
     micro = [
