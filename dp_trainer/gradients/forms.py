@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -164,6 +164,22 @@ class RowScatter:
 
 
 Form: TypeAlias = OuterProduct | RowScatter | Materialized | MaterializedInBlocks | SlottedOuterProduct
+
+
+def samples_of(form: Form) -> set[int]:
+    """How many samples each tensor of a form has: one number, B, where all is well."""
+    if isinstance(form, MaterializedInBlocks):
+        return {sum(len(block.gradients_BK) for block in form.blocks)}
+    return {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(form)}
+
+
+def is_complex(form: Form) -> bool:
+    """Whether a tensor of a form holds complex numbers."""
+    return any(tensor.is_complex() for tensor in _tensors(form))
+
+
+def _tensors(form: Form) -> Iterator[Tensor]:
+    return (value for value in vars(form).values() if isinstance(value, Tensor))
 
 
 def inner_products(first: Form, second: Form) -> Tensor:

@@ -31,7 +31,7 @@ def _promoted(*dtypes: torch.dtype) -> torch.dtype:
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in its accumulation dtype."""
-    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.to(torch.float32)
+    return tensor.to(accumulation_dtype(tensor))
 
 
 def batched_product(left_BXK: Tensor, right_BKY: Tensor) -> Tensor:

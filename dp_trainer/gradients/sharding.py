@@ -26,23 +26,8 @@ from dp_trainer.errors import UnsupportedOperationError
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are spread over ranks by FSDP2.
-
-    Raises:
-        UnsupportedOperationError: If they are spread by something else.
-    """
-    if isinstance(model, FSDPModule):
-        return True
-    # Parameters are spread over a process group; without one the walk, several times a step, finds nothing.
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    spread = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
-    if spread is not None:
-        raise UnsupportedOperationError(
-            f"{spread}: this parameter is spread over ranks, but not by FSDP2 around the whole model. Tensor and "
-            "context parallelism split samples or parameters in ways without a rule; use FSDP2 (fsdp_version: 2)."
-        )
-    return False
+    """Whether FSDP2 spreads the model's parameters over ranks; asked several times a step, so it looks at the root alone."""
+    return isinstance(model, FSDPModule)
 
 
 def put_to_rest(model: nn.Module) -> bool:
@@ -52,12 +37,22 @@ def put_to_rest(model: nn.Module) -> bool:
 
     Returns:
         Whether the model is sharded; as ``is_sharded``.
+
+    Raises:
+        UnsupportedOperationError: If its parameters are spread by something else.
     """
-    sharded = is_sharded(model)
-    for module in model.modules() if sharded else ():
+    if not is_sharded(model):
+        spread = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
+        if spread is not None:
+            raise UnsupportedOperationError(
+                f"{spread}: this parameter is spread over ranks, but not by FSDP2 around the whole model. Tensor and "
+                "context parallelism split samples or parameters in ways without a rule; use FSDP2 (fsdp_version: 2)."
+            )
+        return False
+    for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return sharded
+    return True
 
 
 class Learner(Protocol):

@@ -110,7 +110,7 @@ def build_in_blocks(uses: Sequence[tuple[Tensor, Tensor]]) -> MaterializedInBloc
     factors = [factor for pair in uses for factor in pair]
     dtype = accumulation_dtype(*factors)
     left_BTP, right_BTD = uses[0]
-    bytes_of_a_sample = left_BTP.shape[2] * right_BTD.shape[2] * dtype.itemsize
+    bytes_of_a_sample = max(1, left_BTP.shape[2] * right_BTD.shape[2]) * dtype.itemsize
     samples = max(1, min(factor.nbytes for factor in factors) // bytes_of_a_sample)
     blocks = []
     for start in range(0, len(left_BTP), samples):

@@ -17,7 +17,7 @@ from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.book_keeping import add_squares, captured_forms
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.forms import Form, sum_squared_norms
-from dp_trainer.gradients.measures import accumulation_dtype
+from dp_trainer.gradients.measures import GramCache, accumulation_dtype
 from dp_trainer.gradients.one_sample import direct
 from dp_trainer.gradients.parts import (
     MicroBatch,
@@ -28,7 +28,6 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
-from dp_trainer.gradients.planner import squared_norms
 from dp_trainer.privacy.clipping import ClippingFunction
 
 # How far the second forward pass may be from the first: order of additions, not other dropout.
@@ -103,7 +102,9 @@ def _measure(
             f"{both[0]}: it was measured alone, and has more gradients. Set strategy='book_keeping'."
         )
     with full_precision(losses_B.device):
-        squares |= squared_norms(forms_by_name)
+        # Not what a planner would build: autograd rounds otherwise, so these need their allowance for rounding.
+        grams = GramCache()
+        squares |= {name: sum_squared_norms(forms, grams) for name, forms in forms_by_name.items()}
         return norms_of(add_squares(squares, losses_B)), losses_B
 
 

@@ -9,9 +9,11 @@ import weakref
 import pytest
 import reference
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from cases import MODEL_CASES
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from dp_trainer import (
     AutomaticClipping,
@@ -350,3 +352,28 @@ def test_a_model_without_trainable_parameters_is_refused():
     model = nn.Linear(3, 2).requires_grad_(False)
     with pytest.raises(ConfigurationError, match="requires_grad"):
         clipped_gradient_sum(model, [], per_sample_loss=lambda m, b: b["x"], clipping=FlatClipping(1.0))
+
+
+@pytest.mark.parametrize("strategy", ["automatic", "book_keeping", "loop", "direct"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_parameters_spread_by_anything_but_fsdp_around_the_model_are_refused(strategy, ended):
+    """Also after the group of processes has ended, when the shards are still there."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        fully_shard(model[1], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        if ended:
+            dist.destroy_process_group()
+        with pytest.raises(
+            UnsupportedOperationError, match=r"1\.weight: this parameter is spread over ranks"
+        ):
+            clipped_gradient_sum(
+                model,
+                [{"x": torch.ones(3, 4)}],
+                per_sample_loss=lambda m, b: m(b["x"]).sum(1),
+                clipping=FlatClipping(1.0),
+                strategy=strategy,
+            )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
