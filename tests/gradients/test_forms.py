@@ -13,6 +13,8 @@ from dp_trainer.gradients.forms import (
     OuterProduct,
     RowScatter,
     inner_products,
+    measure_uses,
+    round_up,
     sum_squared_norms,
 )
 from dp_trainer.gradients.measures import GramCache
@@ -215,3 +217,42 @@ def test_a_norm_is_never_below_what_is_summed(forms, shift):
         form = _cancelling(shift)
         summed = form.weighted_sum(torch.ones(1), None).norm()
         assert sum_squared_norms(forms(form)).sqrt() >= summed
+
+
+def test_many_parameters_measured_together_are_measured_as_each_alone():
+    """Of several shapes, dtypes and kinds; some nearly cancel, and get the closer bound of their own gradient."""
+    torch.manual_seed(0)
+    names = {
+        "cancels": [_cancelling(1e-4)],
+        "plain": [OuterProduct(torch.randn(1, 20, 256), torch.randn(1, 20, 768))],
+        "stored": [Materialized(torch.randn(1, 30))],
+        "long": [OuterProduct(torch.randn(1, 70, 9), torch.randn(1, 70, 7))],
+        "cancels too": [_cancelling(1e-5)],
+        "double": [OuterProduct(_normal(1, 20, 9), _normal(1, 20, 7))],
+        "several": [
+            _cancelling(1e-4),
+            RowScatter(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 768), 256),
+        ],
+    }
+    together = planner.squared_norms({name: list(forms) for name, forms in names.items()})
+    assert list(together) == list(names)
+    for name, forms in names.items():
+        # Built or not, which rounding tells apart.
+        torch.testing.assert_close(together[name], sum_squared_norms(forms), rtol=1e-3, atol=0)
+    exact = names["cancels too"][0].dense().norm()
+    assert exact <= together["cancels too"].sqrt() < 1.5 * exact
+    rough = measure_uses(names["cancels too"])
+    # The rough bound is far above, so the closer one was taken.
+    assert round_up(rough.squares_B, rough.spreads_B, 4.0).bounds_B.sqrt() > 5 * exact
+
+
+@pytest.mark.parametrize("shift", [1e-6, 1e-5, 1e-4])
+def test_stored_gradients_that_nearly_cancel_are_never_measured_too_short(shift):
+    """Their squares and cross term cancel as those of positions do."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        first = torch.randn(1, 300, 200)
+        second = -first + shift * torch.randn_like(first)
+        assert (
+            sum_squared_norms([Materialized(first), Materialized(second)]).sqrt() >= (first + second).norm()
+        )
