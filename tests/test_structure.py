@@ -19,7 +19,7 @@ LINES = 400
 # specific pattern of a module decides, and a module without one fails the test: place it here first.
 NUMBERS = ("errors", "privacy.*")
 SAMPLES = ("errors", "terms", "ctc", "heads", "losses", "batches")
-FORMS = ("errors", "gradients.measures", "gradients.slots", "gradients.forms")
+FORMS = ("errors", "gradients.measures", "gradients.slots", "gradients.stored", "gradients.forms")
 RULES = (*FORMS, "gradients.derived", "gradients.rules.*")
 CAPTURE = (
     *(*RULES, "gradients.layouts", "gradients.rows", "gradients.calls", "gradients.links"),
@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "gradients": (),
     "gradients.measures": ("errors",),
     "gradients.slots": ("errors", "gradients.measures"),
+    "gradients.stored": ("errors", "gradients.measures"),
     "gradients.forms": FORMS,
     "gradients.layouts": ("errors",),
     "gradients.rows": ("errors", "gradients.layouts"),

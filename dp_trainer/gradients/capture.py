@@ -27,8 +27,8 @@ from torch.overrides import TorchFunctionMode
 from dp_trainer.errors import UnsupportedOperationError
 from dp_trainer.gradients.calls import CapturedCall, refusal
 from dp_trainer.gradients.checkpointing import recomputation_under
-from dp_trainer.gradients.derived import Derived, Link, to_parameters
-from dp_trainer.gradients.forms import Form, is_complex, samples_of
+from dp_trainer.gradients.derived import Derived, Link, check_recorded, to_parameters
+from dp_trainer.gradients.forms import Form
 from dp_trainer.gradients.layouts import describe_rows
 from dp_trainer.gradients.links import describe
 from dp_trainer.gradients.rows import RowFollower
@@ -120,22 +120,8 @@ class Tape:
         self._expected.update(derived.roots)
 
     def record(self, derived: Derived, form: Form, *, aligned: bool = False) -> None:
-        """Adds one use of a parameter or of a tensor derived from some.
-
-        Raises:
-            UnsupportedOperationError: If the form has another number of samples, or is a product of complex numbers.
-        """
-        samples = samples_of(form)
-        if samples != {self.batch_size}:
-            raise UnsupportedOperationError(
-                f"{', '.join(derived.roots[:3])}: its gradient has {max(samples)} samples instead of "
-                f"{self.batch_size}. Freeze it or set strategy='loop'."
-            )
-        if is_complex(form) and not isinstance(form, Materialized):
-            raise UnsupportedOperationError(
-                f"{', '.join(derived.roots[:3])}: used in a product or a look-up of complex numbers, and forms have no "
-                "conjugates. Freeze it or set strategy='loop'."
-            )
+        """Adds one use of a parameter or of a tensor derived from some; refuses it as ``check_recorded`` does."""
+        check_recorded(derived, form, self.batch_size)
         is_parameter = derived.base is None and derived.link is Link.SAME and not aligned
         if self._settle is not None and is_parameter and self._expected[derived.roots[0]] == 1:
             settled = self._settle(derived.roots[0], form)
@@ -144,12 +130,10 @@ class Tape:
             form = settled
         if aligned:
             self.uses.add(("its first axis is the samples'", derived.roots, "first axis"))
-        record = _Record(derived, form, aligned)
+        self._records.append(_Record(derived, form, aligned))
         if self._are_gathered:
             # Now, while FSDP holds the values that the way back may need.
-            self._resolve([record])
-        else:
-            self._records.append(record)
+            self.resolve()
 
     def resolve(self) -> None:
         """Carries all records back to parameters."""

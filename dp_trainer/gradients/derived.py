@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dp_trainer.errors import UnsupportedOperationError
-from dp_trainer.gradients.forms import Form, OuterProduct, RowScatter
+from dp_trainer.gradients.forms import Form, OuterProduct, RowScatter, is_complex, samples_of
 from dp_trainer.gradients.slots import SlottedOuterProduct
 from dp_trainer.gradients.stored import Materialized
 
@@ -67,6 +67,24 @@ def padded_values(rows_BT: Tensor, values_BTD: Tensor, padding_row: int | None) 
     if padding_row is None:
         return values_BTD
     return values_BTD.masked_fill((rows_BT == padding_row)[:, :, None], 0)
+
+
+def check_recorded(derived: Derived, form: Form, batch_size: int) -> None:
+    """Refuses a form that cannot be what the samples contribute.
+
+    Raises:
+        UnsupportedOperationError: If it has another number of samples, or is a product of complex numbers.
+    """
+    names, samples = ", ".join(derived.roots[:3]), samples_of(form)
+    if samples != {batch_size}:
+        raise UnsupportedOperationError(
+            f"{names}: its gradient has {max(samples)} samples instead of {batch_size}. Freeze it or set strategy='loop'."
+        )
+    if not isinstance(form, Materialized) and is_complex(form):
+        raise UnsupportedOperationError(
+            f"{names}: used in a product or a look-up of complex numbers, and forms have no conjugates. Freeze it or "
+            "set strategy='loop'."
+        )
 
 
 def to_parameters(
