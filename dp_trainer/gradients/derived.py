@@ -78,7 +78,7 @@ def check_recorded(derived: Derived, form: Form, batch_size: int) -> None:
     names, samples = ", ".join(derived.roots[:3]), samples_of(form)
     if samples != {batch_size}:
         raise UnsupportedOperationError(
-            f"{names}: its gradient has {max(samples)} samples instead of {batch_size}. Freeze it or set strategy='loop'."
+            f"{names}: its gradient has {max(samples - {batch_size})} samples instead of {batch_size}. Freeze it or set strategy='loop'."
         )
     if not isinstance(form, Materialized) and is_complex(form):
         raise UnsupportedOperationError(

@@ -1,8 +1,8 @@
 """What one parameter's per-sample gradients are made of, and all mathematics on them.
 
 An operation rule never computes with gradients: it returns a form. Five forms
-(one in ``slots.py``, two in ``stored.py``) cover every use of a parameter, and norms, inner products and weighted sums are
-written here once, in float32 at least, whatever the dtype of the tensors.
+(one in ``slots.py``, two in ``stored.py``) cover every use of a parameter. Each knows its norm and its weighted sum; inner
+products and all that concerns several forms are here. All in float32 at least, whatever the dtype of the tensors.
 
 Norms never fall below the true ones. A Gram product sums terms as large as the
 square of ``Σ_t ‖left[t]‖ ‖right[t]‖``, the *spread*, and where the gradient itself

@@ -28,7 +28,7 @@ from transformers import GenerationConfig
 
 from dp_trainer.distributed import Ranks
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.gradients.sharding import is_sharded, put_to_rest
+from dp_trainer.gradients.sharding import put_to_rest
 from dp_trainer.tasks.base import Dataset, Tokenizer, Writing, refuse_missing_texts
 from dp_trainer.tasks.names import quoted
 
@@ -185,7 +185,7 @@ def generate_texts(
     model = extract_model_from_parallel(model)
     _check(model, tokenizer, prompts, decoding)
     device = next(model.parameters()).device
-    ranks, sharded = Ranks.current(device), is_sharded(model)
+    ranks, sharded = Ranks.current(device), put_to_rest(model)
     # The longest first: prompts of a batch are of a length, and a too large batch fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     batches = [order[i : i + decoding.batch_size] for i in range(0, len(order), decoding.batch_size)]

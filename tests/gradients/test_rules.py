@@ -539,9 +539,10 @@ def test_a_gradient_of_another_number_of_samples_is_refused(settled):
     for form in (
         OuterProduct(torch.ones(8, 2, 5), torch.ones(8, 2, 3)),
         OuterProduct(torch.ones(4, 2, 5), torch.ones(8, 2, 3)),
+        OuterProduct(torch.ones(2, 2, 5), torch.ones(4, 2, 3)),
         Materialized(torch.ones(1, 5, 3)),
     ):
-        with pytest.raises(UnsupportedOperationError, match="samples instead of 4"):
+        with pytest.raises(UnsupportedOperationError, match=r"[128] samples instead of 4"):
             tape.record(derived, form)
 
 
