@@ -34,7 +34,7 @@ TEXTS    = $(if $(GPT2_TOKENIZER),--gpt2-tokenizer $(GPT2_TOKENIZER)) \
            $(if $(SST2_DATA),--sst2-data $(SST2_DATA))
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow test-kills audit test-distributed lint format zoo adapters precision calibration configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
+.PHONY: help quickstart test test-slow test-kills audit test-distributed test-kernels lint format zoo adapters precision calibration configs bench bench-scaling bench-overhead bench-throughput ablation test-configs clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -68,6 +68,11 @@ lint: $(DEV)  ## Check format, style and types
 format: $(DEV)  ## Rewrite the files in the one format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+test-kernels: $(DEV)  ## Install Triton (a gigabyte) and run its kernels, on a CPU by its interpreter, beside PyTorch's operations
+	$(INSTALL) -e '.[kernels]'
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') \
+	$(BIN)/python -m pytest tests/gradients/test_fused.py
 
 zoo: $(DEV)  ## Hold every architecture of transformers against one sample at a time; writes docs/coverage.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.zoo --jobs $(JOBS) --write docs/coverage.md

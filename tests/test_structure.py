@@ -19,7 +19,10 @@ LINES = 400
 # specific pattern of a module decides, and a module without one fails the test: place it here first.
 NUMBERS = ("errors", "privacy.*")
 SAMPLES = ("errors", "terms", "ctc", "heads", "losses", "batches")
-FORMS = ("errors", "gradients.measures", "gradients.slots", "gradients.stored", "gradients.forms")
+FORMS = (
+    *("errors", "gradients.measures", "gradients.kernels", "gradients.fused", "gradients.slots"),
+    *("gradients.stored", "gradients.forms"),
+)
 RULES = (*FORMS, "gradients.derived", "gradients.rules.*")
 CAPTURE = (
     *(*RULES, "gradients.layouts", "gradients.rows", "gradients.calls", "gradients.links"),
@@ -45,6 +48,8 @@ MAY_IMPORT = {
     "batch_norm": ("errors",),
     "gradients": (),
     "gradients.measures": ("errors",),
+    "gradients.kernels": (),
+    "gradients.fused": ("gradients.kernels", "gradients.measures"),
     "gradients.slots": ("errors", "gradients.measures"),
     "gradients.stored": ("errors", "gradients.measures"),
     "gradients.forms": FORMS,
@@ -103,6 +108,7 @@ ONLY_IN = {
     "peft": ("tasks.*",),
     "rouge_score": ("tasks.metrics.*",),
     "sacrebleu": ("tasks.metrics.*",),
+    "triton": ("gradients.kernels",),
     "transformers": ("heads", "losses", "gradients.*", "trainer", "checkpoints", "workers", "preemption", "refusals", "planning", "publication", "searching", "distributed", "audit.canaries", "audit.noise", "audit.one_run", "optim.*", "tasks.*"),
 }  # fmt: skip
 

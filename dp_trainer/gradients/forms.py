@@ -29,6 +29,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from dp_trainer.gradients.fused import Norms, norms
 from dp_trainer.gradients.measures import (
     ROUNDING_OF_WEIGHTS,
     GramCache,
@@ -81,10 +82,14 @@ class OuterProduct:
         if not left.shape[1]:
             zeros_B = left.new_zeros(left.shape[0], dtype=accumulation_dtype(left, self.right_BTD))
             return Measure(zeros_B, zeros_B)
+        return Measure(*norms("outer_product_norms", left, self.right_BTD, self.gram_norms, grams))
+
+    def gram_norms(self, grams: GramCache | None = None) -> Norms:
+        """The same by PyTorch's operations, for one position or more."""
         squares: list[Tensor] = []
         spreads: list[Tensor] = []
         grams = GramCache() if grams is None else grams
-        for left_BXS, right_BXS in zip(gram_blocks(left), grams.blocks(self.right_BTD), strict=True):
+        for left_BXS, right_BXS in zip(gram_blocks(self.left_BTP), grams.blocks(self.right_BTD), strict=True):
             products_BXS = left_BXS.mul_(right_BXS)
             start = products_BXS.shape[2] - products_BXS.shape[1]
             squares.append(products_BXS[:, :, start:].sum((1, 2)))
@@ -93,7 +98,7 @@ class OuterProduct:
                 squares.append(2 * products_BXS[:, :, :start].sum((1, 2)))
             # On the diagonal stands (‖left[t]‖ ‖right[t]‖)².
             spreads.append(products_BXS[:, :, start:].diagonal(dim1=1, dim2=2).sqrt().sum(1))
-        return Measure(functools.reduce(torch.add, squares), functools.reduce(torch.add, spreads))
+        return functools.reduce(torch.add, squares), functools.reduce(torch.add, spreads)
 
     def select(self, keep_B: Tensor) -> OuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -138,18 +143,23 @@ class RowScatter:
 
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖², values that share a row added before the norm, and the spread."""
+        return Measure(*norms("row_scatter_norms", self.rows_BT, self.values_BTD, self.summed_norms, None))
+
+    def summed_norms(self, _grams: GramCache | None = None) -> Norms:
+        """The same by PyTorch's operations."""
         values = wide(self.values_BTD)
-        batch, width = values.shape[0], values.shape[2]
-        # Numbering the distinct (sample, row) pairs keeps this linear in T, where a Gram matrix is not.
-        offsets = torch.arange(batch, device=values.device)[:, None] * self.number_of_rows
-        pairs, slots = torch.unique(self.rows_BT + offsets, return_inverse=True)
-        sums = values.new_zeros(pairs.numel(), width).index_add_(
-            0, slots.flatten(), values.reshape(-1, width)
-        )
-        squares = sums.square().sum(1)
-        samples = torch.div(pairs, self.number_of_rows, rounding_mode="floor")
-        spreads_B = torch.linalg.vector_norm(values, dim=2).sum(1)
-        return Measure(values.new_zeros(batch).index_add_(0, samples, squares), spreads_B)
+        batch, length, width = values.shape
+        # Numbering a sample's distinct rows keeps this linear in T, where a Gram matrix is not. All
+        # have T places, needed or not: to ask how many are would wait for the device.
+        rows_BT, order_BT = self.rows_BT.sort(dim=1)
+        is_next_BT = torch.zeros_like(rows_BT)
+        is_next_BT[:, 1:] = rows_BT[:, 1:] != rows_BT[:, :-1]
+        places_BT = torch.empty_like(order_BT).scatter_(1, order_BT, is_next_BT.cumsum(1))
+        places_BT += torch.arange(batch, device=values.device)[:, None] * length
+        sums = values.new_zeros(batch * length, width)
+        sums.index_add_(0, places_BT.flatten(), values.reshape(-1, width))
+        norms_B = torch.linalg.vector_norm(sums.view(batch, length * width), dim=1)
+        return norms_B.square(), torch.linalg.vector_norm(values, dim=2).sum(1)
 
     def select(self, keep_B: Tensor) -> RowScatter:
         """Returns the form with exact zeros for samples that are not kept."""
