@@ -5,7 +5,8 @@
     python scripts/report.py runs/* --write docs/results.md       # between <!-- results --> and <!-- /results -->
     python scripts/report.py runs/mine --beside mine=e2e_gpt2_eps8
 
-Published numbers are those of the config of a run's name (configs/published.json).
+Published numbers are those of the config of a run's name (configs/published.json). Runs in
+folders mine, mine.seed1, mine.seed2 are averaged: --seed 1 --output_dir runs/mine.seed1 makes one.
 Metrics are computed without noise: on private data they are for your eyes only.
 """
 

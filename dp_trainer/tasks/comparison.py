@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from dp_trainer.errors import ConfigurationError
@@ -23,8 +25,13 @@ from dp_trainer.tasks.report import round_up
 IN_PERCENT = frozenset({"accuracy", "f1"})
 # What the Trainer reports beside the task's metrics.
 _NOT_METRICS = ("loss", "runtime", "per_second", "baseline", "epoch", "preparation_time", "memory", "prompts")
+# A folder of a further run of the same settings: ``mine.seed1`` stands in the row of ``mine``.
+_REPEAT = re.compile(r"\.seed\d+$")
+# What repeated runs may differ in.
+_OF_NO_MATTER = ("seed", "data_seed", "disable_tqdm", "logging_steps")
 COLUMNS = (
-    *("run", "split", "metric", "here", "best constant answer", "published", "ε", "δ", "σ", "steps"),
+    *("run", "split", "metric", "here", "least to most", "best constant answer", "published"),
+    *("ε", "δ", "σ", "steps"),
     *("time", "memory"),
 )
 
@@ -112,16 +119,22 @@ def table(
 ) -> list[dict[str, str]]:
     """Returns one row for each metric of each split of each run: column → text.
 
+    Runs in folders ``NAME.seed1``, ``NAME.seed2`` share the rows of ``NAME``: means, and
+    what lies between the least and the most. Each of them has spent its ε, of which the largest is shown.
+
     Args:
         runs: In the order of the table.
         published: Config name → published result.
         beside: Run → the published row to hold it against; by default the one of its own name.
 
     Raises:
-        ConfigurationError: If ``beside`` names what is not there.
+        ConfigurationError: If ``beside`` names what is not there, or repeated runs differ in more than their seed.
     """
     beside = beside or {}
-    names = {run.name for run in runs}
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(_REPEAT.sub("", run.name), []).append(run)
+    names = set(groups)
     for run_name, row_name in beside.items():
         for what, name, valid in (("run", run_name, names), ("published row", row_name, published)):
             if name not in valid:
@@ -129,26 +142,54 @@ def table(
                     f"'{name}': no such {what}. Did you mean {quoted(nearest(name, valid))}?"
                 )
     rows = []
-    for run in runs:
-        rows += _rows_of(run, published.get(beside.get(run.name, run.name)))
+    for name, repeats in groups.items():
+        for other in repeats[1:]:
+            _refuse_unlike(repeats[0], other)
+        rows += _rows_of(name, repeats, published.get(beside.get(name, name)))
     return rows
 
 
-def _rows_of(run: Run, published: Published | None) -> list[dict[str, str]]:
+def _refuse_unlike(first: Run, other: Run) -> None:
+    """Refuses to average over runs of different settings, splits or privacy."""
+    for run in (first, other):
+        if "settings" not in run.metrics:
+            raise ConfigurationError(
+                f"{run.folder}: no settings in metrics.json, so it cannot be averaged with others."
+            )
+    settings, others = first.metrics["settings"], other.metrics["settings"]
+    unlike = [
+        key for key in sorted({*settings, *others} - {*_OF_NO_MATTER}) if settings.get(key) != others.get(key)
+    ]
+    unlike += [
+        key for key in ("private", "delta", "steps") if first.metrics.get(key) != other.metrics.get(key)
+    ]
+    unlike += ["splits"] if set(first.metrics["splits"]) != set(other.metrics["splits"]) else []
+    if unlike:
+        raise ConfigurationError(
+            f"{first.folder} and {other.folder} differ in {quoted(unlike)}, and are named as runs of the same "
+            "settings. Rename a folder, or leave it out."
+        )
+
+
+def _rows_of(name: str, runs: Sequence[Run], published: Published | None) -> list[dict[str, str]]:
     rows = []
-    shared = _run_cells(run)
-    for split, found in run.metrics["splits"].items():
+    shared = _run_cells(runs)
+    for split in runs[0].metrics["splits"]:
+        found = [run.metrics["splits"][split] for run in runs]
         stated = published.splits.get(split, {}) if published else {}
-        names = [name for name in found if not any(part in name for part in _NOT_METRICS)]
-        for name in [*names, *(other for other in stated if other not in names)]:
-            baseline = found.get("baseline") if name == run.metrics["metric"] else None
+        names = [key for key in found[0] if not any(part in key for part in _NOT_METRICS)]
+        for metric in [*names, *(other for other in stated if other not in names)]:
+            values = [one[metric] for one in found if metric in one]
+            baseline = found[0].get("baseline") if metric == runs[0].metrics["metric"] else None
+            ends = [_shown(metric, end(values)) for end in (min, max)] if len(values) > 1 else []
             row = {
-                "run": run.name,
+                "run": name,
                 "split": split,
-                "metric": name,
-                "here": _shown(name, found.get(name)),
-                "best constant answer": _shown(name, baseline),
-                "published": _published_cell(published, stated.get(name)),
+                "metric": metric,
+                "here": _shown(metric, mean(values) if values else None),
+                "least to most": f"{' to '.join(ends)} ({len(values)} runs)" if ends else "",
+                "best constant answer": _shown(metric, baseline),
+                "published": _published_cell(published, stated.get(metric)),
                 **shared,
             }
             rows.append(row)
@@ -157,16 +198,23 @@ def _rows_of(run: Run, published: Published | None) -> list[dict[str, str]]:
     return rows
 
 
-def _run_cells(run: Run) -> dict[str, str]:
-    plan = run.statement["plan"] if run.statement else {}
-    seconds, memory = run.metrics.get("training_seconds"), run.metrics.get("peak_memory_gib")
+def _run_cells(runs: Sequence[Run]) -> dict[str, str]:
+    statements = [run.statement for run in runs if run.statement is not None]
+    statement = max(statements, key=lambda stated: float(stated["epsilon"])) if statements else None
+    plan = statement["plan"] if statement else {}
+    seconds = [
+        run.metrics["training_seconds"] for run in runs if run.metrics.get("training_seconds") is not None
+    ]
+    memory = [
+        run.metrics["peak_memory_gib"] for run in runs if run.metrics.get("peak_memory_gib") is not None
+    ]
     return {
-        "ε": f"{round_up(run.statement['epsilon'])}" if run.statement else "none",
-        "δ": f"{run.statement['delta']:g}" if run.statement else "",
+        "ε": f"{round_up(statement['epsilon'])}" if statement else "none",
+        "δ": f"{statement['delta']:g}" if statement else "",
         "σ": f"{plan['noise_multiplier']:.3f}" if plan else "",
-        "steps": str(run.metrics.get("steps") or ""),
-        "time": "" if seconds is None else _duration(seconds),
-        "memory": "" if memory is None else f"{memory:.1f} GiB",
+        "steps": str(runs[0].metrics.get("steps") or ""),
+        "time": _duration(mean(seconds)) if seconds else "",
+        "memory": f"{max(memory):.1f} GiB" if memory else "",
     }
 
 

@@ -121,6 +121,30 @@ def test_a_projections_input_is_measured_once(monkeypatch):
     assert len(made) == 3 + 1
 
 
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 64), ("meta", 512)])
+def test_gram_matrices_come_in_larger_blocks_off_a_cpu(device, rows):
+    blocks = list(measures.gram_blocks(torch.zeros(2, 600, 3, device=device)))
+    assert [tuple(block.shape[1:]) for block in blocks] == [
+        (min(rows, 600 - start), min(start + rows, 600)) for start in range(0, 600, rows)
+    ]
+
+
+def test_only_a_cpu_is_asked_whether_positions_are_in_use():
+    """Elsewhere the answer would be waited for; a tensor without data has none to give."""
+    unused = OuterProduct(torch.zeros(2, 9, 3), torch.ones(2, 9, 3))
+    assert planner.without_unused_positions(unused).left_BTP.shape[1] == 1
+    elsewhere = OuterProduct(unused.left_BTP.to("meta"), unused.right_BTD.to("meta"))
+    assert planner.without_unused_positions(elsewhere) is elsewhere
+
+
+def test_no_position_is_a_gradient_of_zero():
+    for dtype in (torch.float32, torch.float64):
+        form = OuterProduct(_normal(B, 0, P, dtype=dtype), _normal(B, 0, D, dtype=dtype))
+        assert torch.equal(form.measure().squares_B, torch.zeros(B, dtype=dtype))
+        table = RowScatter(torch.zeros(B, 0, dtype=torch.long), form.right_BTD, P)
+        assert torch.equal(table.measure().squares_B, torch.zeros(B, dtype=dtype))
+
+
 @pytest.mark.parametrize("name", [name for name in _forms() if name not in ("stored", "blocks")])
 def test_the_spread_is_the_sum_of_the_terms_norms(name):
     form = _forms()[name]

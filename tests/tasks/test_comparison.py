@@ -56,6 +56,7 @@ def test_a_run_stands_beside_the_row_of_its_name(tmp_path, published):
         "split": "validation",
         "metric": "accuracy",
         "here": "87.65",
+        "least to most": "",
         "best constant answer": "50.92",
         "published": "92.3 (not verified)",
         "ε": "2.988",
@@ -93,6 +94,44 @@ def test_a_run_without_privacy_is_not_given_a_statement_that_lies_about(tmp_path
     (row, _) = table([read_run(folder)], published)
     assert (row["ε"], row["σ"], row["δ"]) == ("none", "", "")
     assert "ε &lt; 3" not in as_html([read_run(folder)], [row])
+
+
+def test_repeated_runs_share_a_row(tmp_path, published):
+    """Folders NAME.seed1 …: the mean, what lies between, and the time of one."""
+    for place, (name, accuracy) in enumerate([("mine", 0.75), ("mine.seed1", 0.5), ("mine.seed12", 0.55)]):
+        splits = {"validation": {"loss": 1.0, "accuracy": accuracy, "baseline": 0.5}}
+        settings = {"learning_rate": 0.1, "seed": place}
+        write(tmp_path / name, splits=splits, settings=settings, training_seconds=600.0 * (place + 1))
+    write(tmp_path / "mine.seeds")
+    runs = [read_run(folder) for folder in sorted(tmp_path.iterdir()) if folder.is_dir()]
+    first, *others = table(runs, published)
+    assert (first["run"], first["here"], first["least to most"]) == (
+        "mine",
+        "60.00",
+        "50.00 to 75.00 (3 runs)",
+    )
+    assert (first["ε"], first["time"], first["published"]) == ("2.988", "20 min", "92.3 (not verified)")
+    assert {row["run"] for row in others} == {"mine.seeds"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"settings": {"learning_rate": 0.2}}, "'learning_rate'"),
+        ({"settings": {"learning_rate": 0.1, "gamma": 1}}, "'gamma'"),
+        ({"steps": 40}, "'steps'"),
+        ({"private": False}, "'private'"),
+        ({"splits": {"test": {"accuracy": 0.5}}}, "'splits'"),
+    ],
+)
+def test_runs_of_different_settings_are_not_averaged(tmp_path, published, changes, said):
+    settings = {"settings": {"learning_rate": 0.1}}
+    runs = [
+        read_run(write(tmp_path / "mine", **settings)),
+        read_run(write(tmp_path / "mine.seed1", **settings | changes)),
+    ]
+    with pytest.raises(ConfigurationError, match=f"mine.seed1 differ in {said}"):
+        table(runs, published)
 
 
 @pytest.mark.parametrize(
