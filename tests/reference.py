@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dp_trainer.batches import micro_batch_size, sample_of
 
@@ -43,3 +44,8 @@ def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     difference = torch.stack([(first[name].double() - second[name].double()).norm() for name in first]).norm()
     size = torch.stack([tensor.double().norm() for tensor in second.values()]).norm()
     return float(difference / size)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself; of one that is spread over ranks, all of it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -62,7 +62,7 @@ MAY_IMPORT = {
     "gradients.calls": (*RULES, "gradients.layouts"),
     "gradients.capture": CAPTURE,
     "gradients.checkpointing": CAPTURE,
-    "gradients.sharding": ("errors",),
+    "gradients.sharding": ("errors", "gradients.measures"),
     "gradients.heap": (),
     "gradients.parts": (*CAPTURE, *NUMBERS),
     "gradients.planner": ENGINE,

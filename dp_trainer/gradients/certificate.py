@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dp_trainer.batches import select, split_micro_batch
 from dp_trainer.errors import CertificateError
 from dp_trainer.gradients.independence import check_independence, repeatable
-from dp_trainer.gradients.sharding import is_sharded, local, put_to_rest, whole
+from dp_trainer.gradients.sharding import is_sharded, local, put_to_rest, squared_length
 from dp_trainer.gradients.strategies import (
     ClippedGradientSum,
     MicroBatch,
@@ -317,7 +317,7 @@ def _length(gradients: Mapping[str, Tensor]) -> float:
 
 
 def _size(tensor: Tensor) -> float:
-    return float(whole(torch.linalg.vector_norm(tensor)))
+    return float(squared_length(tensor).sqrt())
 
 
 def _tolerance(model: nn.Module, computation_dtype: torch.dtype | None) -> float:

@@ -37,7 +37,9 @@ from dp_trainer.gradients.measures import (
     accumulation_dtype,
     batched_product,
     gram_blocks,
+    rounding_of_products,
     splits_weights,
+    squared_lengths,
     weighted_product,
     wide,
     zero_dropped,
@@ -76,13 +78,14 @@ class OuterProduct:
         """Returns ‖gradient‖² up to cancellation, from the Gram matrices of both factors, and the spread."""
         left = self.left_BTP
         if left.shape[1] == 1:
-            norms_B = torch.linalg.vector_norm(wide(left)[:, 0], dim=1)
-            norms_B = norms_B * torch.linalg.vector_norm(wide(self.right_BTD)[:, 0], dim=1)
+            # Squares would underflow where their roots' product does not.
+            norms_B = squared_lengths(left).sqrt() * squared_lengths(self.right_BTD).sqrt()
             return Measure(norms_B.square(), norms_B)
         if not left.shape[1]:
             zeros_B = left.new_zeros(left.shape[0], dtype=accumulation_dtype(left, self.right_BTD))
             return Measure(zeros_B, zeros_B)
-        return Measure(*norms("outer_product_norms", left, self.right_BTD, self.gram_norms, grams))
+        squares_B, spreads_B = norms("outer_product_norms", left, self.right_BTD, self.gram_norms, grams)
+        return Measure(squares_B * (1 + rounding_of_products(left, self.right_BTD)), spreads_B)
 
     def gram_norms(self, grams: GramCache | None = None) -> Norms:
         """The same by PyTorch's operations, for one position or more."""
@@ -157,9 +160,10 @@ class RowScatter:
         places_BT = torch.empty_like(order_BT).scatter_(1, order_BT, is_next_BT.cumsum(1))
         places_BT += torch.arange(batch, device=values.device)[:, None] * length
         sums = values.new_zeros(batch * length, width)
-        sums.index_add_(0, places_BT.flatten(), values.reshape(-1, width))
-        norms_B = torch.linalg.vector_norm(sums.view(batch, length * width), dim=1)
-        return norms_B.square(), torch.linalg.vector_norm(values, dim=2).sum(1)
+        sums.index_add_(0, places_BT.flatten(), values.flatten(0, 1))
+        return squared_lengths(sums.view(batch, length, width)), torch.linalg.vector_norm(values, dim=2).sum(
+            1
+        )
 
     def select(self, keep_B: Tensor) -> RowScatter:
         """Returns the form with exact zeros for samples that are not kept."""
@@ -281,7 +285,7 @@ def round_up(squares: Tensor, spreads: Tensor, rounding: float) -> SquaredNorms:
 def closer_bounds(forms: Sequence[Form], rough: SquaredNorms) -> Tensor:
     """Returns the bounds (B,) of ``rough``, from built gradients where terms cancelled."""
     unit = torch.finfo(rough.bounds_B.dtype).eps
-    built_B = torch.linalg.vector_norm(sum_dense(forms).flatten(1), dim=1)
+    built_B = squared_lengths(sum_dense(forms)).sqrt()
     closer_B = (built_B + rounding_of(forms) * unit * rough.spreads_B).square()
     return torch.where(rough.cancelled_B, closer_B, rough.bounds_B)
 

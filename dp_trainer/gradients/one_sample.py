@@ -26,7 +26,7 @@ from dp_trainer.gradients.parts import (
     norms_of,
     trainable_parameters,
 )
-from dp_trainer.gradients.sharding import gradients_of_equal_losses, is_sharded, put_to_rest, whole
+from dp_trainer.gradients.sharding import gradients_of_equal_losses, is_sharded, put_to_rest, squared_length
 from dp_trainer.privacy.clipping import ClippingFunction
 
 
@@ -98,8 +98,7 @@ def _gradients(
     elif losses_B.requires_grad:
         gradients = torch.autograd.grad(losses_B.sum(), list(parameters.values()), allow_unused=True)
         used = {name: g for name, g in zip(parameters, gradients, strict=True) if g is not None}
-    lengths = [whole(torch.linalg.vector_norm(g, dtype=accumulation_dtype(g))) for g in used.values()]
     squares_B = losses_B.detach().new_zeros(1, dtype=accumulation_dtype(losses_B))
-    for length in lengths:
-        squares_B = squares_B + length.square()
+    for gradient in used.values():
+        squares_B = squares_B + squared_length(gradient)
     return used, losses_B.detach(), norms_of(squares_B)

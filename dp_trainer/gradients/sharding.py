@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dp_trainer.errors import UnsupportedOperationError
+from dp_trainer.gradients.measures import squared_lengths
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -161,14 +162,21 @@ def on_any_rank(flag: bool, device: torch.device) -> bool:
     return bool(found)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself; of one that is spread over ranks, all of it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local(tensor: Tensor) -> Tensor:
     """The tensor itself; of one that is spread over ranks, this rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def squared_length(tensor: Tensor) -> Tensor:
+    """Returns ‖tensor‖², never below the true one; of a tensor that is spread over ranks, that of all of it."""
+    if isinstance(tensor, DTensor) and any(isinstance(p, Partial) for p in tensor.placements):
+        tensor = tensor.full_tensor()
+    square = squared_lengths(local(tensor).flatten()[None])[0]
+    if not isinstance(tensor, DTensor):
+        return square
+    # Shards' squares add up; a replica has all of it.
+    placements = [p if isinstance(p, Replicate) else Partial() for p in tensor.placements]
+    return DTensor.from_local(square, tensor.device_mesh, placements).full_tensor()
 
 
 def equal_on_replicas_(shard: DTensor) -> None:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dp_trainer.gradients.measures import GramCache, Measure, wide, zero_dropped
+from dp_trainer.gradients.measures import (
+    GramCache,
+    Measure,
+    product_of_positions,
+    rounding_of_products,
+    wide,
+    zero_dropped,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,10 +56,11 @@ class SlottedOuterProduct:
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² up to cancellation, and the spread: positions meet where their slots agree."""
         left, right = wide(self.left_BTP), wide(self.right_BTD)
-        products_BTS = torch.bmm(left, left.mT).mul_(torch.bmm(right, right.mT))
+        products_BTS = product_of_positions(left, left).mul_(product_of_positions(right, right))
         spreads_B = products_BTS.diagonal(dim1=1, dim2=2).sqrt().sum(1)
         apart_BTS = self.slots_BT[:, :, None] != self.slots_BT[:, None, :]
-        return Measure(products_BTS.masked_fill_(apart_BTS, 0).sum((1, 2)), spreads_B)
+        squares_B = products_BTS.masked_fill_(apart_BTS, 0).sum((1, 2))
+        return Measure(squares_B * (1 + rounding_of_products(left, right)), spreads_B)
 
     def select(self, keep_B: Tensor) -> SlottedOuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""

@@ -16,6 +16,7 @@ from dp_trainer.gradients.measures import (
     Measure,
     accumulation_dtype,
     batched_product,
+    squared_lengths,
     wide,
     zero_dropped,
 )
@@ -38,8 +39,7 @@ class Materialized:
 
     def measure(self, _grams: GramCache | None = None) -> Measure:
         """Returns ‖gradient‖² and no spread: what is stored is what will be summed, so nothing cancels."""
-        norms_B = torch.linalg.vector_norm(self._flat(), dim=1)
-        return Measure(norms_B.square(), None)
+        return Measure(squared_lengths(self._flat()), None)
 
     def select(self, keep_B: Tensor) -> Materialized:
         """Returns the form with exact zeros for samples that are not kept."""

@@ -17,7 +17,7 @@ from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.gradients.book_keeping import add_squares, captured_forms
 from dp_trainer.gradients.capture import Use
 from dp_trainer.gradients.forms import Form, sum_squared_norms
-from dp_trainer.gradients.measures import GramCache, accumulation_dtype
+from dp_trainer.gradients.measures import GramCache, accumulation_dtype, squared_lengths
 from dp_trainer.gradients.one_sample import direct
 from dp_trainer.gradients.parts import (
     MicroBatch,
@@ -63,8 +63,8 @@ def two_pass(
             "Set strategy='book_keeping'."
         )
     gradients = _gradients(model, (again_B * factors_B.to(again_B.dtype)).sum())
-    lengths = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g)) for g in gradients.values()]
-    length = torch.stack(lengths).norm() if lengths else norms_B.new_zeros(())
+    squares = [squared_lengths(g.flatten()[None]) for g in gradients.values()]
+    length = torch.cat(squares).sum().sqrt() if squares else norms_B.new_zeros(())
     if not torch.isfinite(length):
         return direct(model, micro_batch, per_sample_loss, clipping, totals)
     if length > (factors_B * norms_B).sum() * (1 + _LARGEST_DIFFERENCE):

@@ -1,6 +1,6 @@
 """Trains a tiny model with ``DPTrainer`` on as many processes as it is launched with, and says what came out.
 
-    torchrun --nproc-per-node 2 tests/distributed/train.py SETTINGS.json
+    PYTHONPATH=tests torchrun --nproc-per-node 2 tests/distributed/train.py SETTINGS.json
 
 ``SETTINGS`` has ``output_dir`` and ``result``; what else it may have is read below. Rank 0 writes the weights' digest, ε and counts to ``result``.
 """
@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import reference
 import torch
 import torch.distributed as dist
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 from dp_trainer import DPTrainer, PrivacyArguments
-from dp_trainer.gradients.sharding import whole
 
 
 class Rows(torch.utils.data.Dataset):
@@ -182,7 +182,7 @@ def main(path: str) -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
     with out_of_memory_on_one_rank() if fault == "out of memory on one rank" else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=settings.get("resume"))
-    weights = {name: whole(p.detach()).double() for name, p in trainer.model.named_parameters()}
+    weights = {name: reference.whole(p.detach()).double() for name, p in trainer.model.named_parameters()}
     trainer.save_model(str(Path(settings["output_dir"]) / "model"))
     if trainer.is_world_process_zero():
         torch.save(weights, Path(settings["result"]).with_suffix(".pt"))

@@ -28,7 +28,6 @@ from dp_trainer import AutomaticClipping, FlatClipping, PrivacyArguments, Unsupp
 from dp_trainer.batches import micro_batch_size, select
 from dp_trainer.distributed import Ranks, RankSampler, sampler_of
 from dp_trainer.errors import ConfigurationError
-from dp_trainer.gradients.sharding import whole
 from dp_trainer.gradients.strategies import clipped_gradient_sum
 from dp_trainer.losses import per_sample_loss_for
 from dp_trainer.privacy.noise import NoiseGenerator
@@ -82,7 +81,7 @@ def pieces_of(micro_batch, indices, size):
 
 
 def distance(sums, expected):
-    return reference.distance({n: whole(t) for n, t in sums.items()}, expected)
+    return reference.distance({n: reference.whole(t) for n, t in sums.items()}, expected)
 
 
 def one_process(model, micro_batch, loss):
@@ -422,9 +421,11 @@ def sharded_certificate(ranks):
     model, micro_batch = built("gpt2-tied")
     loss = per_sample_loss_for(model)
     sharded(model, mesh)
-    before = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    before = {n: reference.whole(p.detach()).clone() for n, p in model.named_parameters()}
     found = certify(model, micro_batch, per_sample_loss=loss, clipping=AutomaticClipping())
-    moved = max(float((whole(p.detach()) - before[n]).abs().max()) for n, p in model.named_parameters())
+    moved = max(
+        float((reference.whole(p.detach()) - before[n]).abs().max()) for n, p in model.named_parameters()
+    )
     return {"norm error": found.norm_error, "sum error": found.sum_error, "largest": found.largest_contribution,
             "weights moved by": moved}  # fmt: skip
 
@@ -442,7 +443,7 @@ def sharded_bfloat16(ranks):
     one = clipped_gradient_sum(
         model, [select(micro_batch, own[:1])], per_sample_loss=loss, clipping=FlatClipping(1e-3)
     )
-    length = sum(float(whole(g).square().sum()) for g in one.gradients.values()) ** 0.5
+    length = sum(float(reference.whole(g).square().sum()) for g in one.gradients.values()) ** 0.5
     result = clipped_gradient_sum(model, [select(micro_batch, own)], per_sample_loss=loss, clipping=clipping)
     return {
         "error": distance(result.gradients, expected.gradients),

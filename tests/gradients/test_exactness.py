@@ -77,3 +77,15 @@ def test_any_split_into_micro_batches_gives_the_same_sum(case):
     for other in results[1:]:
         torch.testing.assert_close(other.norms, results[0].norms)
         assert reference.distance(other.gradients, results[0].gradients) < 1e-10
+
+
+@pytest.mark.parametrize("strategy", ["book_keeping", "two_pass", "direct", "loop"])
+def test_a_large_parameters_contribution_is_no_longer_than_it_may_be(strategy):
+    """Of 8 million numbers; a norm that adds square after square was 0.04 % too short."""
+    model = torch.nn.Linear(2000, 4000, bias=False)
+    x, weights = torch.randn(1, 300, 2000), torch.randn(300, 4000)
+    result = clipped_gradient_sum(
+        model, [{"x": x}], per_sample_loss=lambda m, batch: (m(batch["x"]) * weights).sum((1, 2)),
+        clipping=FlatClipping(1.0), strategy=strategy,
+    )  # fmt: skip
+    assert 1 - 1e-4 < float(result.gradients["weight"].double().norm()) <= 1 + 1e-6
