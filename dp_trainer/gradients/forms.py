@@ -84,8 +84,7 @@ class OuterProduct:
         if not left.shape[1]:
             zeros_B = left.new_zeros(left.shape[0], dtype=accumulation_dtype(left, self.right_BTD))
             return Measure(zeros_B, zeros_B)
-        squares_B, spreads_B = norms("outer_product_norms", left, self.right_BTD, self.gram_norms, grams)
-        return Measure(squares_B * (1 + rounding_of_products(left, self.right_BTD)), spreads_B)
+        return Measure(*norms("outer_product_norms", left, self.right_BTD, self.gram_norms, grams))
 
     def gram_norms(self, grams: GramCache | None = None) -> Norms:
         """The same by PyTorch's operations, for one position or more."""
@@ -101,7 +100,10 @@ class OuterProduct:
                 squares.append(2 * products_BXS[:, :, :start].sum((1, 2)))
             # On the diagonal stands (‖left[t]‖ ‖right[t]‖)².
             spreads.append(products_BXS[:, :, start:].diagonal(dim1=1, dim2=2).sqrt().sum(1))
-        return functools.reduce(torch.add, squares), functools.reduce(torch.add, spreads)
+        squares_B = functools.reduce(torch.add, squares) * (
+            1 + rounding_of_products(self.left_BTP, self.right_BTD)
+        )
+        return squares_B, functools.reduce(torch.add, spreads)
 
     def select(self, keep_B: Tensor) -> OuterProduct:
         """Returns the form with exact zeros for samples that are not kept."""

@@ -158,7 +158,11 @@ def product_of_positions(first_BTD: Tensor, second_BSD: Tensor) -> Tensor:
 
 
 def rounding_of_products(*factors: Tensor) -> float:
-    """How much too small squares may be that Gram matrices of these factors give, as a share."""
+    """By which share squares are rounded up that Gram matrices of these factors give.
+
+    For what products lose of long tails, see ``_PIECE``. A narrow factor may lose more, up to half a unit
+    for each number, 8e-6 in all: that is left to the margin of the noise (``certificate.LARGEST_EXCESS``).
+    """
     unit = torch.finfo(accumulation_dtype(*factors)).eps
     return unit * _ROUNDING_OF_WIDTH * sum(min(factor.shape[2], _PANEL) for factor in factors)
 

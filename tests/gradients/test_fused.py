@@ -12,7 +12,7 @@ import torch
 from cases import MODEL_CASES
 
 from dp_trainer import AutomaticClipping, FlatClipping
-from dp_trainer.gradients import fused
+from dp_trainer.gradients import fused, measures
 from dp_trainer.gradients.forms import OuterProduct, RowScatter
 from dp_trainer.gradients.strategies import clipped_gradient_sum
 from dp_trainer.losses import per_sample_loss_for
@@ -32,6 +32,7 @@ def trials(monkeypatch):
     monkeypatch.setattr(fused, "_seconds", lambda work, device: 2.0 if _is_twin(work) else 1.0)
     monkeypatch.setattr(fused, "_SHORTEST", 2)
     monkeypatch.setattr(fused, "_serves", {})
+    monkeypatch.setattr(fused, "_right", {})
     return fused._serves
 
 
@@ -46,132 +47,205 @@ def _outer(positions=T, dtype=torch.float32, batch=B):
     )
 
 
+def _right_kernel(first, second):
+    """What a right kernel returns: not rounded up."""
+    if first.is_floating_point():
+        squares_B, spreads_B = OuterProduct(first, second).gram_norms()
+        return squares_B / (1 + measures.rounding_of_products(first, second)), spreads_B
+    return RowScatter(first, second, int(first.max()) + 1).summed_norms()
+
+
 def _kernel(monkeypatch, change=lambda squares, spreads: (squares, spreads)):
-    """Puts a kernel in place that is right but for ``change``; returns its calls."""
+    """Puts a kernel in place that is right but for ``change``; returns its calls with real tensors."""
     calls = []
 
-    def kernel(left, right):
-        calls.append(left.shape)
-        return change(*OuterProduct(left, right).gram_norms())
+    def kernel(first, second):
+        if first.shape[1] != fused._TRIED_POSITIONS:
+            calls.append(first.shape)
+        return change(*_right_kernel(first, second))
 
     monkeypatch.setattr(fused, "_kernel", lambda name: kernel)
     return calls
 
 
-def test_a_kernel_that_agrees_and_is_faster_serves_from_the_second_time_on(trials, monkeypatch):
-    calls = _kernel(monkeypatch, lambda squares, spreads: (squares * (1 + 1e-7), spreads))
+def test_a_right_and_faster_kernel_serves_from_the_second_time_on(trials, monkeypatch):
+    calls = _kernel(monkeypatch, lambda squares, spreads: (squares * (1 + 1e-6), spreads))
     form = _outer()
     twin = form.gram_norms()[0]
     assert torch.equal(form.measure().squares_B, twin)
-    assert len(calls) == 1
     assert list(trials.values()) == [True]
-    other = _outer(T - 1)
-    torch.testing.assert_close(other.measure().squares_B, other.gram_norms()[0] * (1 + 1e-7), rtol=0, atol=0)
-    assert len(calls) == 2
+    tried, other = len(calls), _outer(T - 1)
+    found = other.measure().squares_B
+    assert len(calls) == tried + 1
+    assert not torch.equal(found, other.gram_norms()[0])
+    torch.testing.assert_close(found, other.gram_norms()[0] * (1 + 1e-6), rtol=2e-7, atol=0)
+
+
+def test_a_served_norm_is_rounded_up_as_its_twin(trials, monkeypatch):
+    calls = _kernel(monkeypatch)
+    form = OuterProduct(torch.ones(1, 2, 1024, device=DEVICE), torch.ones(1, 2, 8, device=DEVICE))
+    form.measure()
+    served = form.measure().squares_B
+    assert calls
+    assert torch.equal(served, form.gram_norms()[0])
+    assert served > 4 * 1024 * 8
 
 
 def test_a_slower_kernel_does_not_serve(trials, monkeypatch):
     calls = _kernel(monkeypatch)
     monkeypatch.setattr(fused, "_seconds", lambda work, device: 1.0 if _is_twin(work) else 1.01)
-    for _ in range(3):
-        _outer().measure()
-    assert len(calls) == 1
+    _outer().measure()
+    tried = len(calls)
+    assert torch.equal((form := _outer()).measure().squares_B, form.gram_norms()[0])
+    assert len(calls) == tried
     assert list(trials.values()) == [False]
 
 
-def _a_fifth_too_short(squares, spreads):
-    return squares * torch.tensor([1.0, 0.8, 1.0], device=squares.device), spreads
-
-
-def _spread_too_short(squares, spreads):
-    return squares, spreads * torch.tensor([1.0, 1.0, 0.99], device=spreads.device)
-
-
-def _nothing_finite(squares, spreads):
-    return squares * float("nan"), spreads
-
-
-def _fails(squares, spreads):
-    raise RuntimeError("no C compiler")
+def _without_what_cancels(squares, spreads):
+    """Gradients as if positions had nothing in common, which random ones hardly have."""
+    return torch.minimum(squares, spreads.square() / T), spreads
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        (_a_fifth_too_short, "differ"),
-        (_spread_too_short, "differ"),
-        (_nothing_finite, "differ"),
-        (_fails, "no C compiler"),
+        lambda squares, spreads: (squares * 0.9999, spreads),
+        lambda squares, spreads: (squares * 1.01, spreads),
+        lambda squares, spreads: (squares - 1e-6 * spreads.square(), spreads),
+        lambda squares, spreads: (squares.flip(0), spreads.flip(0)),
+        lambda squares, spreads: (squares, spreads * 0.99),
+        lambda squares, spreads: (squares * float("nan"), spreads),
+        lambda squares, spreads: (squares.nan_to_num(1.0), spreads.nan_to_num(1.0)),
+        lambda squares, spreads: (torch.zeros_like(squares), torch.zeros_like(spreads)),
+        lambda squares, spreads: (squares.mean().expand_as(squares), spreads),
+        _without_what_cancels,
+    ],
+    ids=[
+        "short",
+        "long",
+        "short-of-spread",
+        "samples",
+        "spread",
+        "nan",
+        "finite",
+        "zeros",
+        "mixed",
+        "no-cross",
     ],
 )
-def test_a_kernel_that_disagrees_or_fails_never_serves_and_is_named_once(
-    trials, monkeypatch, caplog, change, said
-):
+@pytest.mark.parametrize("first_batch", ["ordinary", "zeros", "nan"])
+def test_a_wrong_kernel_never_serves_whatever_comes_first(trials, monkeypatch, caplog, change, first_batch):
+    """A batch of zeros, as LoRA's first gradients are, agrees with everything that returns zero."""
     calls = _kernel(monkeypatch, change)
+    forms = [_outer() for _ in range(3)]
+    if first_batch != "ordinary":
+        forms[0].left_BTP.fill_(0.0 if first_batch == "zeros" else float("nan"))
     with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            # Orthogonal positions: the square is no small part of the squared spread.
-            form = _outer(2)
+        for form in forms:
             measure = form.measure()
-            assert torch.equal(measure.squares_B, form.gram_norms()[0])
-            assert torch.equal(measure.spreads_B, form.gram_norms()[1])
-    assert len(calls) == 1
-    assert [said in record.message for record in caplog.records] == [True]
+            squares_B, spreads_B = form.gram_norms()
+            torch.testing.assert_close(measure.squares_B, squares_B, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(measure.spreads_B, spreads_B, rtol=0, atol=0, equal_nan=True)
+    assert not calls
+    assert ["norms are wrong" in record.message for record in caplog.records] == [True]
     assert "outer_product_norms" in caplog.text
 
 
-def test_want_of_memory_in_a_trial_is_no_fault_of_the_kernel(trials, monkeypatch, caplog):
-    def full(squares, spreads):
-        raise torch.OutOfMemoryError("full")
-
-    _kernel(monkeypatch, full)
-    form = _outer()
-    assert torch.equal(form.measure().squares_B, form.gram_norms()[0])
-    assert not caplog.records
+def _raise(*_):
+    raise RuntimeError("no C compiler")
 
 
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_sample_that_is_not_finite_must_be_so_in_both(trials, monkeypatch, poison):
-    form = _outer()
-    form.left_BTP[1, 3] = poison
+@pytest.mark.parametrize("where", ["_kernel", "_made_up", "_seconds"])
+def test_a_kernel_that_fails_in_its_trial_never_serves_and_is_named_once(trials, monkeypatch, caplog, where):
+    """A folder named triton, a compiler that is missing, memory that runs out."""
     _kernel(monkeypatch)
-    assert not form.measure().squares_B[1].isfinite()
+    monkeypatch.setattr(fused, where, _raise)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            form = _outer()
+            assert torch.equal(form.measure().squares_B, form.gram_norms()[0])
+    assert ["no C compiler" in record.message for record in caplog.records] == [True]
+
+
+def test_a_kernel_that_fails_later_serves_no_more(trials, monkeypatch, caplog):
+    _kernel(monkeypatch)
+    _outer().measure()
     assert list(trials.values()) == [True]
-    trials.clear()
-    _kernel(
-        monkeypatch, lambda squares, spreads: (squares.nan_to_num(1.0, 1.0), spreads.nan_to_num(1.0, 1.0))
-    )
-    assert not form.measure().squares_B[1].isfinite()
+    monkeypatch.setattr(fused, "_kernel", lambda name: _raise)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            form = _outer()
+            assert torch.equal(form.measure().squares_B, form.gram_norms()[0])
+    assert len(caplog.records) == 1
     assert list(trials.values()) == [False]
 
 
 def test_each_kind_has_its_own_trial(trials, monkeypatch):
-    calls = _kernel(monkeypatch)
+    _kernel(monkeypatch)
     forms = [
         *(_outer(positions) for positions in (128, 65, 129)),
-        _outer(128, torch.bfloat16),
+        _outer(128, torch.float16),
         OuterProduct(torch.randn(B, 128, P, device=DEVICE), torch.randn(B, 128, D + 1, device=DEVICE)),
+        RowScatter(torch.zeros(B, 128, dtype=torch.long), torch.randn(B, 128, D), 1),
     ]
     for form in forms:
         form.measure()
-    assert len(trials) == 4
-    assert len(calls) == len(forms)
+    assert len(trials) == 5
+    assert len(fused._right) == 4
+
+
+def test_trials_leave_the_generators_alone(trials, monkeypatch):
+    _kernel(monkeypatch)
+    form, state = _outer(), torch.get_rng_state()
+    form.measure()
+    assert trials
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def _misaligned():
+    left, right = _outer().left_BTP, torch.randn(B * T * D + 1, device=DEVICE)[1:].view(B, T, D)
+    return OuterProduct(left, right)
 
 
 @pytest.mark.parametrize(
     "form",
     [
         lambda: _outer(dtype=torch.float64),
+        lambda: OuterProduct(_outer().left_BTP, _outer(dtype=torch.float64).right_BTD),
         lambda: _outer(1),
         lambda: _outer(0),
         lambda: _outer(batch=0),
+        lambda: OuterProduct(_outer().left_BTP, torch.zeros(B, T, 0, device=DEVICE)),
+        lambda: RowScatter(torch.zeros(B, T, dtype=torch.uint8), torch.randn(B, T, D), 1),
+        _misaligned,
     ],
-    ids=["float64", "one-position", "no-position", "no-sample"],
+    ids=[
+        "float64",
+        "one-float64",
+        "one-position",
+        "no-position",
+        "no-sample",
+        "no-width",
+        "bytes",
+        "misaligned",
+    ],
 )
 def test_what_kernels_do_not_take_is_never_tried(trials, monkeypatch, form):
     calls = _kernel(monkeypatch)
     form().measure()
     assert not calls
+    assert not trials
+
+
+def test_a_batch_of_more_samples_than_a_grid_has_places_is_not_tried(trials, monkeypatch):
+    monkeypatch.setattr(fused, "_LARGEST_BATCH", B - 1)
+    _outer().measure()
+    assert not trials
+
+
+def test_who_asks_for_deterministic_results_gets_no_race(trials, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    _outer().measure()
     assert not trials
 
 
@@ -191,7 +265,7 @@ def test_a_short_sample_and_a_cpu_are_not_worth_a_trial(monkeypatch):
     [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)],
     ids=str,
 )
-def test_kernels_agree_with_their_twins(positions, dtype):
+def test_kernels_agree_with_float64(positions, dtype):
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("needs a GPU")
     from dp_trainer.gradients import kernels
@@ -202,17 +276,60 @@ def test_kernels_agree_with_their_twins(positions, dtype):
         torch.randn(B, P, positions).to(DEVICE, dtype).mT,
         torch.randn(B, positions, 2 * D).to(DEVICE, dtype)[:, :, ::2],
     )
-    for form in (outer, across):
-        found = kernels.outer_product_norms(form.left_BTP, form.right_BTD)
-        assert fused.agree(found, form.gram_norms())
-        assert fused.agree(found, OuterProduct(form.left_BTP.double(), form.right_BTD.double()).gram_norms())
-    for values in (outer.left_BTP, across.right_BTD):
-        rows = torch.randint(0, 7, (positions, B), device=DEVICE).T
-        table = RowScatter(rows, values, 7)
-        found = kernels.row_scatter_norms(rows, values)
-        assert fused.agree(found, table.summed_norms())
-        dense = RowScatter(rows, values.double(), 7).dense().flatten(1).square().sum(1)
-        torch.testing.assert_close(found[0].double(), dense, rtol=1e-5, atol=0)
+    rows = torch.randint(0, 7, (positions, B), device=DEVICE).T
+    for kernel, first, second in (
+        *((kernels.outer_product_norms, form.left_BTP, form.right_BTD) for form in (outer, across)),
+        *((kernels.row_scatter_norms, rows, values) for values in (outer.left_BTP, across.right_BTD)),
+    ):
+        squares_B, spreads_B = kernel(first, second)
+        exact_B, exact_spreads_B = fused._exact(first, second)
+        slack_B = 4 * torch.finfo(torch.float32).eps * exact_spreads_B.square()
+        assert ((squares_B - exact_B).abs() <= slack_B).all()
+        torch.testing.assert_close(spreads_B.double(), exact_spreads_B, rtol=1e-5, atol=0)
+    dense = RowScatter(rows, outer.left_BTP.double(), 7).dense().flatten(1).square().sum(1)
+    torch.testing.assert_close(fused._exact(rows, outer.left_BTP)[0], dense)
+
+
+@needs_triton
+@pytest.mark.parametrize("place", [0, 31, 127, 128, -1])
+def test_a_kernel_keeps_a_long_tail(place):
+    """A head's output gradient: nearly -1 at the label, tiny at every other word."""
+    from dp_trainer.gradients import kernels
+
+    left = torch.full((1, 2, 50_304), 2e-4, device=DEVICE)
+    left[:, :, place] = 1
+    right = torch.ones(1, 2, 1, device=DEVICE)
+    exact = fused._exact(left, right)[0]
+    for squares_B, _ in (
+        kernels.outer_product_norms(left, right),
+        kernels.row_scatter_norms(torch.zeros(1, 2, dtype=torch.long, device=DEVICE), left),
+    ):
+        torch.testing.assert_close(squares_B.double(), exact, rtol=1e-5, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["outer_product_norms", "row_scatter_norms"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str
+)
+def test_kernels_pass_their_trial(name, dtype):
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("needs a GPU")
+    from dp_trainer.gradients import kernels
+
+    form = _outer(2, dtype)
+    first = torch.zeros(B, 2, dtype=torch.long, device=DEVICE) if name.startswith("row") else form.left_BTP
+    assert fused.is_right(name, getattr(kernels, name), first, form.right_BTD)
+
+
+@needs_triton
+def test_kernels_refuse_factors_of_other_positions():
+    from dp_trainer.gradients import kernels
+
+    with pytest.raises(ValueError, match="positions differ"):
+        kernels.outer_product_norms(_outer(3).left_BTP, _outer(4).right_BTD)
+    with pytest.raises(ValueError, match="positions differ"):
+        kernels.row_scatter_norms(torch.zeros(B, 3, dtype=torch.long), _outer(4).right_BTD)
 
 
 @needs_triton
@@ -240,6 +357,7 @@ def test_whole_models_with_kernels_agree_with_one_sample_at_a_time(case, trials,
     alone = run(clipping=clipping, strategy="loop")
     assert 0 < (alone.norms > 1.01 * median).sum() < len(alone.norms)
     run(clipping=clipping, strategy="book_keeping")
+    assert trials
     assert all(trials.values())
     together = run(clipping=clipping, strategy="book_keeping")
     torch.testing.assert_close(together.norms, alone.norms, rtol=1e-4, atol=0)
