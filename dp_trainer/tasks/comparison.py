@@ -27,8 +27,11 @@ IN_PERCENT = frozenset({"accuracy", "f1"})
 _NOT_METRICS = ("loss", "runtime", "per_second", "baseline", "epoch", "preparation_time", "memory", "prompts")
 # A folder of a further run of the same settings: ``mine.seed1`` stands in the row of ``mine``.
 _REPEAT = re.compile(r"\.seed\d+$")
-# What repeated runs may differ in.
-_OF_NO_MATTER = ("seed", "data_seed", "disable_tqdm", "logging_steps")
+# What repeated runs may differ in: chance, and how they were watched.
+_OF_NO_MATTER = (
+    *("seed", "data_seed", "disable_tqdm", "logging_steps"),
+    *("eval_on_start", "eval_steps", "eval_strategy"),
+)
 COLUMNS = (
     *("run", "split", "metric", "here", "least to most", "best constant answer", "published"),
     *("ε", "δ", "σ", "steps"),
