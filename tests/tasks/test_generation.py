@@ -6,9 +6,11 @@ import sys
 import datasets
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dp_trainer.errors import ConfigurationError
+from dp_trainer.errors import ConfigurationError, UnsupportedOperationError
 from dp_trainer.tasks import generation
 from dp_trainer.tasks.e2e import E2E, encode_pairs, encode_prompts
 from dp_trainer.tasks.generation import Decoding, evaluate_generation, generate_texts, group_references
@@ -231,6 +233,19 @@ def test_the_model_is_left_as_it_was_by_a_failure(model, tokenizer):
     with pytest.raises(RuntimeError, match="out of memory"):
         written(model, tokenizer)
     assert state_of(model) == before
+
+
+def test_parameters_spread_by_anything_but_fsdp_around_the_model_are_refused(tokenizer):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny(tokenizer)
+        fully_shard(model.transformer.h[1], mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            UnsupportedOperationError, match=r"h\.1\.\S+: this parameter is spread over ranks"
+        ):
+            written(model, tokenizer)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_cache_is_on(model, tokenizer):
