@@ -324,10 +324,11 @@ def test_gamma_chooses_the_rate_by_the_tuning_split():
 
 
 def test_clipped_shows_what_holds_and_refutes_another_clipping():
-    grid = clipped.Grid(batch=ROWS, steps=4, rate=0.03, norms=(0.01, 0.1, 1.0))
+    # A head of zeros has gradients of length 1, so R = 1 would lie on the edge.
+    grid = clipped.Grid(batch=ROWS, steps=4, rate=0.03, norms=(0.01, 0.1, 1.1))
     report = clipped.measure(DATA, grid)
     assert set(verdicts(report).values()) == {SHOWN}
-    assert report.data["numbers"]["1"]["clipped"][0] < 1
+    assert report.data["numbers"]["1.1"]["clipped"][0] < 1
     other = (FlatClipping, lambda norm: AutomaticClipping(gamma=1.0, clipping_norm=norm))
     equality, _ = verdicts(clipped.measure(DATA, grid, pair=other)).values()
     assert equality == REFUTED
