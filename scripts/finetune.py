@@ -190,7 +190,9 @@ def in_plain_words(*settings: object) -> dict[str, object]:
             value = value.value if isinstance(value, enum.Enum) else value
             plain = isinstance(value, (bool, int, float, str, list)) and value != []
             if field.init and plain and field.name not in NOT_SETTINGS and value != field.default:
-                told[field.name] = value
+                # Where a folder lies is this machine's business; what it is called may help.
+                is_place = isinstance(value, str) and Path(value).is_absolute()
+                told[field.name] = Path(value).name if is_place else value
     return told
 
 

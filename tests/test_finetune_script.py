@@ -111,6 +111,8 @@ def test_private_run_from_another_folder(workplace):
     out = workplace / "out"
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["private"] is True
+    assert metrics["settings"]["model_name_or_path"] == "tiny"
+    assert str(workplace) not in json.dumps(metrics)
     assert metrics["steps"] == 3
     assert 0 < metrics["epsilon"] <= 8
     assert metrics["delta"] == 1e-3
