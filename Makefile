@@ -72,7 +72,7 @@ format: $(DEV)  ## Rewrite the files in the one format
 test-kernels: $(DEV)  ## Install Triton (a gigabyte) and run its kernels, on a CPU by its interpreter, beside PyTorch's operations
 	$(INSTALL) -e '.[kernels]'
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=$$($(BIN)/python -c 'import torch; print(int(not torch.cuda.is_available()))') \
-	$(BIN)/python -m pytest tests/gradients/test_fused.py
+	$(BIN)/python -m pytest tests/gradients/test_kernels.py
 
 zoo: $(DEV)  ## Hold every architecture of transformers against one sample at a time; writes docs/coverage.md
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.zoo --jobs $(JOBS) --write docs/coverage.md

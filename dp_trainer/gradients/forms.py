@@ -163,9 +163,8 @@ class RowScatter:
         places_BT += torch.arange(batch, device=values.device)[:, None] * length
         sums = values.new_zeros(batch * length, width)
         sums.index_add_(0, places_BT.flatten(), values.flatten(0, 1))
-        return squared_lengths(sums.view(batch, length, width)), torch.linalg.vector_norm(values, dim=2).sum(
-            1
-        )
+        spreads_B = torch.linalg.vector_norm(values, dim=2).sum(1)
+        return squared_lengths(sums.view(batch, length, width)), spreads_B
 
     def select(self, keep_B: Tensor) -> RowScatter:
         """Returns the form with exact zeros for samples that are not kept."""
