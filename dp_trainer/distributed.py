@@ -16,6 +16,7 @@ to its own shard.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import pickle
@@ -205,6 +206,19 @@ class Ranks:
         for (name, total), piece in zip(sums.items(), pieces, strict=True):
             # Copied into its own memory: a view would keep the whole bucket alive.
             yield name, total.copy_(piece.view_as(total))
+
+
+def leave_ranks() -> None:
+    """Ends torch's process groups, on all ranks together; the last thing that a process of several does.
+
+    A Python that ends while a thread of Gloo still lets go of a tensor is aborted, and the run counts as failed
+    (pytorch/pytorch#190489). Threads end with the last reference to their group, so let trainers and models go
+    out of scope first. DTensor keeps groups of sharded models for good.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def _noised_shard_(shard: DTensor, noise: NoiseGenerator, std: float, divisor: float) -> DTensor:

@@ -25,6 +25,7 @@ from transformers import set_seed
 from dp_trainer.audit.arguments import AuditArguments
 from dp_trainer.audit.report import prose, write_report
 from dp_trainer.audit.run import audit
+from dp_trainer.distributed import leave_ranks
 from dp_trainer.errors import DPTrainerError
 from dp_trainer.tasks import find_task
 from dp_trainer.tasks.config import parse_configuration
@@ -63,7 +64,9 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        code = main(sys.argv[1:])
+        leave_ranks()
     except DPTrainerError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    sys.exit(code)

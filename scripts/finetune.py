@@ -22,6 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 
 from dp_trainer import DPTrainer, PrivacyArguments
+from dp_trainer.distributed import leave_ranks
 from dp_trainer.errors import ConfigurationError, DPTrainerError
 from dp_trainer.tasks import find_task
 from dp_trainer.tasks.arguments import DataArguments, GenerationArguments, ModelArguments, RunArguments
@@ -247,6 +248,7 @@ def report(
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        leave_ranks()
     except DPTrainerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from distributed.launch import leave
 
 from auditing.faults import one_noise_key_for_all_ranks
 from auditing.toy import effort, toy_run
@@ -25,7 +26,7 @@ def main(result: Path, plant: bool) -> None:
         )
     if dist.get_rank() == 0:
         result.write_text("\n".join(report.contradictions), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

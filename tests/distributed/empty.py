@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from cases import MODEL_CASES
 
+from distributed.launch import leave
 from dp_trainer import PrivacyArguments
 from dp_trainer.batches import select
 from dp_trainer.distributed import Ranks, sampler_of
@@ -76,7 +77,7 @@ def main(result: str) -> None:
         found[name] = gathered
     if ranks.rank == 0:
         Path(result).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

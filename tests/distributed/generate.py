@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from distributed.launch import leave
 from dp_trainer.distributed import Ranks
 from dp_trainer.tasks.generation import Decoding, generate_texts
 
@@ -82,7 +83,7 @@ def main(path):
     dist.all_gather_object(shares, found)
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(shares), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from distributed.launch import leave
 from dp_trainer import PrivacyArguments
 from dp_trainer.distributed import Ranks
 from dp_trainer.losses import per_sample_loss_for
@@ -61,7 +62,7 @@ def main(result: str, kind: str, way: str) -> None:
     dist.all_gather_object(found, {"peak": peak / 2**20, "before": start / 2**20})
     if ranks.rank == 0:
         Path(result).write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ import torch.distributed as dist
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
+from distributed.launch import leave
 from dp_trainer import DPTrainer, PrivacyArguments
+from dp_trainer.distributed import leave_ranks
 
 
 class Rows(torch.utils.data.Dataset):
@@ -136,8 +138,7 @@ def fsdp2_on_cpu(args: TrainingArguments, settings: dict[str, Any]) -> None:
     AcceleratorState.__init__ = init
 
 
-def main(path: str) -> None:
-    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+def main(settings: dict[str, Any]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     args = TrainingArguments(
@@ -199,5 +200,16 @@ def main(path: str) -> None:
         Path(settings["result"]).write_text(json.dumps(found), encoding="utf-8")
 
 
+def gloo_threads() -> int:
+    """How many of Gloo's threads run in this process, where Linux tells."""
+    return sum(
+        file.read_text().strip() == "pt_gloo_runloop" for file in Path("/proc/self/task").glob("*/comm")
+    )
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    told = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    main(told)
+    leave_ranks()
+    assert told.get("sharded") or not gloo_threads(), "a group outlived the run, and with it its threads"
+    leave()

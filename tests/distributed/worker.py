@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from distributed.launch import leave
 from dp_trainer import AutomaticClipping, FlatClipping, PrivacyArguments, UnsupportedOperationError, certify
 from dp_trainer.batches import micro_batch_size, select
 from dp_trainer.distributed import Ranks, RankSampler, sampler_of
@@ -543,7 +544,7 @@ def main(result: str, *names: str) -> None:
     dist.all_gather_object(everyone, found)
     if ranks.rank == 0:
         Path(result).write_text(json.dumps(everyone), encoding="utf-8")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
