@@ -37,6 +37,7 @@ from dp_trainer.gradients.measures import (
     accumulation_dtype,
     batched_product,
     gram_blocks,
+    product_of_positions,
     rounding_of_products,
     splits_weights,
     squared_lengths,
@@ -208,20 +209,20 @@ def inner_products(first: Form, second: Form) -> Tensor:
         first, second = second, first
     match first, second:
         case OuterProduct(), OuterProduct():
-            products_BTS = batched_product(first.left_BTP, second.left_BTP.mT)
-            return products_BTS.mul_(batched_product(first.right_BTD, second.right_BTD.mT)).sum((1, 2))
+            products_BTS = product_of_positions(first.left_BTP, second.left_BTP)
+            return products_BTS.mul_(product_of_positions(first.right_BTD, second.right_BTD)).sum((1, 2))
         case OuterProduct(), RowScatter():
             # Σ_{t,s} left[t, row of s] · ⟨right[t], value of s⟩
             rows_BTS = second.rows_BT[:, None, :].expand(-1, first.left_BTP.shape[1], -1)
             picked_BTS = wide(first.left_BTP.gather(2, rows_BTS))
-            products_BTS = batched_product(first.right_BTD, second.values_BTD.mT)
+            products_BTS = product_of_positions(first.right_BTD, second.values_BTD)
             return (picked_BTS * products_BTS).sum((1, 2))
         case OuterProduct(), Materialized():
-            applied_BTD = torch.bmm(wide(first.left_BTP), wide(second.gradients_BK))
+            applied_BTD = product_of_positions(wide(first.left_BTP), wide(second.gradients_BK).mT)
             return (applied_BTD * wide(first.right_BTD)).sum((1, 2))
         case RowScatter(), RowScatter():
             same_BTS = first.rows_BT[:, :, None] == second.rows_BT[:, None, :]
-            products_BTS = batched_product(first.values_BTD, second.values_BTD.mT)
+            products_BTS = product_of_positions(first.values_BTD, second.values_BTD)
             return (products_BTS * same_BTS).sum((1, 2))
         case RowScatter(), Materialized():
             rows_BTD = first.rows_BT[:, :, None].expand(-1, -1, second.gradients_BK.shape[2])
@@ -262,11 +263,28 @@ def measure_uses(forms: Sequence[Form], grams: GramCache | None = None) -> Measu
     if len(measures) == 1:
         return measures[0]
     total_B = functools.reduce(torch.add, (measure.squares_B for measure in measures))
-    for first, second in itertools.combinations(forms, 2):
+    norms_U = [measure.squares_B.clamp(min=0).sqrt() for measure in measures]
+    for (first, norm_B), (second, other_B) in itertools.combinations(zip(forms, norms_U, strict=True), 2):
         total_B = total_B + 2 * inner_products(first, second)
+        if rounding := max(_rounding_of_cross_term(first), _rounding_of_cross_term(second)):
+            total_B = total_B + 2 * rounding * (norm_B * other_B)
     # A stored gradient has one term, which the other uses' may cancel.
-    spreads = (m.squares_B.sqrt() if m.spreads_B is None else m.spreads_B for m in measures)
+    spreads = (
+        norm_B if m.spreads_B is None else m.spreads_B for m, norm_B in zip(measures, norms_U, strict=True)
+    )
     return Measure(total_B, functools.reduce(torch.add, spreads))
+
+
+def _rounding_of_cross_term(form: Form) -> float:
+    """What products of this form with another lose, as a share of both norms."""
+    match form:
+        case OuterProduct():
+            return rounding_of_products(form.left_BTP, form.right_BTD)
+        case RowScatter():
+            return rounding_of_products(form.values_BTD)
+        case _:
+            # Built: its products with other built ones are sums in the shape of a tree.
+            return 0.0
 
 
 def round_up(squares: Tensor, spreads: Tensor, rounding: float) -> SquaredNorms:

@@ -142,11 +142,12 @@ def is_right(name: str, kernel: Kernel, first: Tensor, second: Tensor) -> bool:
         one, other = (torch.stack(tensors) for tensors in zip(*samples, strict=True))
         squares_B, spreads_B = _rounded_up(kernel, one, other)
         exact_B, exact_spreads_B = _exact(one, other)
-        widths = [tensor.shape[2] for tensor in (one, other) if tensor.is_floating_point()]
-        chains = sum(_LOST_IN_A_CHAIN * min(width, _LONGEST_CHAIN) for width in widths)
+        factors = [tensor for tensor in (one, other) if tensor.is_floating_point()]
+        chains = sum(_LOST_IN_A_CHAIN * min(factor.shape[2], _LONGEST_CHAIN) for factor in factors)
         unit = torch.finfo(torch.float32).eps
         below_B = unit * (_ROUNDING * exact_spreads_B.square() + chains * exact_B)
-        right_B = (squares_B >= exact_B - below_B) & (squares_B <= exact_B + below_B + 1e-4 * exact_B)
+        above_B = below_B + (1e-4 + rounding_of_products(*factors)) * exact_B
+        right_B = (squares_B >= exact_B - below_B) & (squares_B <= exact_B + above_B)
         right_B &= (spreads_B - exact_spreads_B).abs() <= 1e-4 * exact_spreads_B
         finite_B = exact_B.isfinite()
         if not torch.where(finite_B, right_B, ~squares_B.isfinite()).all():

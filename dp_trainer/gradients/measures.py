@@ -20,10 +20,11 @@ _GRAM_BLOCK_OFF_CPU = 512
 # Each addition rounds at the size of what was added before: a small tail after a large number is lost.
 _PIECE = 256
 _PANEL = 1024
-# What that may cost still, in units of the last place of a squared norm: of a sum of squares, where 6 were found,
-# and for each number of a panel's width, where 105 were found for 1024, in spikes with tails of all sizes.
-_ROUNDING_OF_LENGTHS = 16.0
-_ROUNDING_OF_WIDTH = 1 / 8
+# What that may cost still, in units of the last place of a squared norm. In spikes with tails 6 units were found for
+# lengths, 20 where numbers lie apart: a piece is four chains then, of half a unit an addition, and pieces are added
+# in the shape of a tree. A product's panel may be one chain: 495 were found for 1024.
+_ROUNDING_OF_LENGTHS = 48.0
+_ROUNDING_OF_ADDITION = 0.5
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -160,11 +161,12 @@ def product_of_positions(first_BTD: Tensor, second_BSD: Tensor) -> Tensor:
 def rounding_of_products(*factors: Tensor) -> float:
     """By which share squares are rounded up that Gram matrices of these factors give.
 
-    For what products lose of long tails, see ``_PIECE``. A narrow factor may lose more, up to half a unit
-    for each number, 8e-6 in all: that is left to the margin of the noise (``certificate.LARGEST_EXCESS``).
+    Enough for what products can lose of long tails, see ``_PIECE``, however a device adds up a panel. What rounds
+    up and down alike is no part of it: ``forms.round_up``.
     """
     unit = torch.finfo(accumulation_dtype(*factors)).eps
-    return unit * _ROUNDING_OF_WIDTH * sum(min(factor.shape[2], _PANEL) for factor in factors)
+    widths = [factor.shape[2] for factor in factors]
+    return unit * _ROUNDING_OF_ADDITION * sum(min(width, _PANEL) + width // _PANEL for width in widths)
 
 
 def squared_lengths(rows_BK: Tensor) -> Tensor:

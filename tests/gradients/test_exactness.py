@@ -88,4 +88,4 @@ def test_a_large_parameters_contribution_is_no_longer_than_it_may_be(strategy):
         model, [{"x": x}], per_sample_loss=lambda m, batch: (m(batch["x"]) * weights).sum((1, 2)),
         clipping=FlatClipping(1.0), strategy=strategy,
     )  # fmt: skip
-    assert 1 - 1e-4 < float(result.gradients["weight"].double().norm()) <= 1 + 1e-6
+    assert 1 - 2e-4 < float(result.gradients["weight"].double().norm()) <= 1 + 1e-6

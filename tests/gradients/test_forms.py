@@ -343,6 +343,28 @@ def test_a_heads_norm_with_one_large_and_many_small_numbers_is_not_too_short(kin
     assert true <= found <= true * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("second", ["outer", "stored"])
+@pytest.mark.parametrize("positions", [1, 8])
+def test_a_head_used_twice_is_not_measured_too_short(second, positions):
+    """The cross term of two uses, 50,304 words in one chain of additions, lost 1e-4 of the square."""
+    left = _spike_and_tail(50_304, 2e-4).expand(1, positions, -1).contiguous()
+    right = torch.ones(1, positions, 2)
+    once = OuterProduct(left, right)
+    again = {"outer": OuterProduct(left.clone(), right), "stored": Materialized(once.dense())}[second]
+    true = (2 * left.double().mT @ right.double()).square().sum()
+    assert true <= sum_squared_norms([once, again]) <= true * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("first", ["outer", "rows"])
+def test_wide_rows_used_twice_are_not_measured_too_short(first):
+    """A wide row that a product or a look-up and another look-up add to."""
+    values = _spike_and_tail(50_304, 2e-4).expand(1, 3, -1).contiguous()
+    rows = torch.zeros(1, 3, dtype=torch.long)
+    other = {"outer": OuterProduct(torch.ones(1, 3, 1), values.clone()), "rows": RowScatter(rows, values, 1)}
+    true = (2 * values.double().sum(1)).square().sum()
+    assert true <= sum_squared_norms([RowScatter(rows, values, 1), other[first]]) <= true * (1 + 1e-3)
+
+
 @pytest.mark.parametrize("shift", [1e-2, 3e-3, 3e-4, 1e-4])
 def test_a_tables_norm_with_one_large_and_many_small_rows_is_not_too_short(shift):
     for positions, width in ((1024, 768), (8192, 64)):
