@@ -8,7 +8,8 @@ import pytest
 
 from distributed.launch import launch
 
-EXACT = 1e-6
+# Norms are rounded up: with the loop less than with Gram matrices.
+EXACT = 5e-6
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

@@ -343,6 +343,17 @@ def test_a_heads_norm_with_one_large_and_many_small_numbers_is_not_too_short(kin
     assert true <= found <= true * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("width", [64, 768, 4096])
+def test_factors_that_lie_across_are_not_measured_too_short(width, positions):
+    """Convolutions' factors are transposed; a product of a few such positions is one chain of additions."""
+    rows = _spike_and_tail(width, 2.4e-4).expand(3, positions, -1).contiguous()
+    across = rows.mT.contiguous().mT
+    true = (positions * rows[0, 0].double().square().sum()) ** 2
+    for left, right in itertools.product((rows, across), repeat=2):
+        assert (sum_squared_norms([OuterProduct(left, right)]) >= true).all()
+
+
 @pytest.mark.parametrize("second", ["outer", "stored"])
 @pytest.mark.parametrize("positions", [1, 8])
 def test_a_head_used_twice_is_not_measured_too_short(second, positions):

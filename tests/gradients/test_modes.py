@@ -199,7 +199,7 @@ def test_a_sample_with_nan_or_infinity_is_left_out(poison, strategy):
     assert result.dropped_samples == 1
     assert clean.dropped_samples == 0
     assert result.factors[2] == 0
-    assert reference.distance(result.gradients, clean.gradients) < 1e-6
+    assert reference.distance(result.gradients, clean.gradients) < 5e-6
 
 
 def test_micro_batches_do_not_pile_up_in_memory():
